@@ -1,0 +1,171 @@
+"""The artifact: what a run leaves, and the only thing that exporters read.
+
+    RUN/artifact/
+      artifact.json        grids, tied head, recipe, SHA-256 of each tensor that the trainer's forward used, run hash
+      weights.safetensors  NAME.codes (int8) and NAME.scales (fp16) for quantized, NAME (fp32) for kept tensors
+      config.json, tokenizer files, chat template: as Hugging Face writes them
+
+``forward_sha256`` is taken from the buffers that the trainer's forward multiplied with, before anything was packed or
+saved. A decoder that reproduces it has reproduced the training weights, whatever stands in between.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from qad.errors import UserError
+from qad.files import recover_folder, replacing_folder, sha256_of_file
+from qad.grid import get_grid
+from qad.tensor import QuantizedTensor, dequantize
+
+FOLDER = "artifact"
+_FORMAT = 1
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's float32 bytes in row-major order."""
+    data = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    return hashlib.sha256(memoryview(data.numpy()).cast("B")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact. Tensors are read from the mapped file when they are asked for.
+
+    Attributes:
+        folder: The ``artifact`` folder, which also holds the tokenizer.
+        config: The model's Hugging Face configuration.
+        grids: Name of each quantized tensor -> name of its grid.
+        kept: Names of the tensors kept in float32 (norms, biases).
+        tied_head: Whether the output head is the embedding.
+        forward_sha256: Name of each quantized tensor -> hash of the float32 weights the trainer's forward used.
+        recipe: The resolved recipe of the run.
+        run_hash: Hash of everything above and of the weights.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    grids: dict[str, str]
+    kept: list[str]
+    tied_head: bool
+    forward_sha256: dict[str, str]
+    recipe: dict[str, Any]
+    run_hash: str
+
+    @property
+    def weights_file(self) -> Path:
+        """The safetensors file."""
+        return self.folder / "weights.safetensors"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        with safe_open(self.weights_file, framework="pt") as file:
+            return tuple(file.get_slice(f"{name}.codes" if name in self.grids else name).get_shape())
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """Return one quantized tensor."""
+        with safe_open(self.weights_file, framework="pt") as file:
+            return QuantizedTensor(
+                file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), get_grid(self.grids[name])
+            )
+
+    def weight(self, name: str) -> Tensor:
+        """Return one tensor as the float32 values that the student computes with."""
+        if name in self.grids:
+            return dequantize(self.quantized(name))
+        with safe_open(self.weights_file, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def _hash(description: Mapping[str, Any], weights_sha256: str) -> str:
+    text = json.dumps(description, sort_keys=True) + weights_sha256
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_artifact(
+    run: Path,
+    *,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    quantized: Mapping[str, QuantizedTensor],
+    kept: Mapping[str, Tensor],
+    tied_head: bool,
+    forward_sha256: Mapping[str, str],
+    recipe: Mapping[str, Any],
+) -> Artifact:
+    """Write ``run``/artifact, whole or not at all, and return it opened.
+
+    Raises:
+        UserError: The disk is full or not writable; a previous artifact is untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in quantized.items():
+        tensors[f"{name}.codes"] = tensor.codes_NK.cpu().contiguous()
+        tensors[f"{name}.scales"] = tensor.scales_NG.cpu().contiguous()
+    for name, tensor in kept.items():
+        tensors[name] = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    description = {
+        "format": _FORMAT,
+        "grids": {name: tensor.grid.name for name, tensor in quantized.items()},
+        "kept": list(kept),
+        "tied_head": tied_head,
+        "forward_sha256": dict(forward_sha256),
+        "recipe": dict(recipe),
+    }
+    with replacing_folder(run / FOLDER) as folder:
+        try:
+            save_file(tensors, folder / "weights.safetensors")
+        except SafetensorError as error:
+            # safetensors wraps the system's error; ENOSPC arrives as text.
+            if "No space" in str(error) or "os error 28" in str(error):
+                raise OSError(28, "No space left on device") from error
+            raise
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        description["run_hash"] = _hash(description, sha256_of_file(folder / "weights.safetensors"))
+        (folder / "artifact.json").write_text(json.dumps(description, indent=1))
+    return open_artifact(run)
+
+
+def open_artifact(run: Path) -> Artifact:
+    """Open the artifact of a run folder (or the artifact folder itself).
+
+    Raises:
+        UserError: Nothing there, an unfinished run, or damaged files.
+    """
+    folder = run if (run / "artifact.json").is_file() else run / FOLDER
+    recover_folder(folder)
+    if not (folder / "artifact.json").is_file():
+        reason = "the run is unfinished: continue it with --resume" if (run / "recipe.json").exists() else "no such run"
+        raise UserError(f"{run} holds no artifact ({reason}); `qad train -o {run}` makes one")
+    try:
+        description = json.loads((folder / "artifact.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        with safe_open(folder / "weights.safetensors", framework="pt") as file:
+            present = set(file.keys())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the artifact in {folder} is damaged ({error}); train or copy it again") from error
+    if description.get("format") != _FORMAT:
+        raise UserError(f"{folder} has artifact format {description.get('format')}; this qad reads format {_FORMAT}")
+    wanted = {f"{name}.{part}" for name in description["grids"] for part in ("codes", "scales")} | set(description["kept"])
+    if wanted - present:
+        raise UserError(f"the artifact in {folder} lacks {sorted(wanted - present)[:3]}; train or copy it again")
+    return Artifact(
+        folder=folder,
+        config=config,
+        grids=description["grids"],
+        kept=description["kept"],
+        tied_head=description["tied_head"],
+        forward_sha256=description["forward_sha256"],
+        recipe=description["recipe"],
+        run_hash=description["run_hash"],
+    )

@@ -1,0 +1,14 @@
+"""The one exception that means "you can fix this": bad input, with the remedy in its text."""
+
+
+class UserError(ValueError):
+    """Bad input or an unusable environment. The message names the cause and the remedy.
+
+    The command line prints the message alone and exits with status 2; a library caller sees an ordinary
+    ``ValueError``.
+    """
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> UserError:
+    """Return the error for a name that is not in a table, listing the names that are."""
+    return UserError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}")

@@ -1,0 +1,181 @@
+"""QuantizedTensor, quantize and dequantize in plain torch: the one numeric truth.
+
+Everything that touches a quantized number (trainer, kernels, packers, decoders, tests) is held to the functions here,
+bit for bit. All arithmetic is float32, in an order that a C or CUDA kernel can repeat exactly: one correctly rounded
+reciprocal per block, one product per element, round half to even. A reciprocal and not a division per element, because
+a division would cost a fused kernel its memory-bound speed; what is given up is at most one code where ``w / s`` lies
+within a rounding error of a tie.
+
+Shapes: N output features (rows), K input features (columns), G blocks along K (G = K / block).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qad.errors import UserError
+from qad.grid import Grid, grids_that_fit
+
+# Shrink factors for the mse search: the best clip of a Gaussian block of 32 lies within them for 4 and for 8 bits.
+_MSE_SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.72, 0.68, 1.03, 1.06, 1.1, 1.15)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight as the device stores it.
+
+    Attributes:
+        codes_NK: int8, within the grid's code range.
+        scales_NG: float16, each one representable in the grid's significand bits.
+        grid: The format both belong to.
+    """
+
+    codes_NK: Tensor
+    scales_NG: Tensor
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes_NK.shape
+        assert self.codes_NK.dtype == torch.int8, self.codes_NK.dtype
+        assert self.scales_NG.dtype == torch.float16, self.scales_NG.dtype
+        assert self.scales_NG.shape == (rows, columns // self.grid.block), (self.codes_NK.shape, self.scales_NG.shape)
+
+
+def check_weight(weight_NK: Tensor, grid: Grid, name: str = "the weight") -> None:
+    """Check that a weight can be put on a grid.
+
+    Raises:
+        UserError: Not a matrix, a row not divisible by the block, or NaN or infinity among the values.
+    """
+    if weight_NK.ndim != 2:
+        raise UserError(f"{name} has shape {tuple(weight_NK.shape)}; only matrices can be quantized")
+    columns = weight_NK.shape[1]
+    if columns % grid.block:
+        fits = grids_that_fit(columns)
+        raise UserError(
+            f"{name} has rows of {columns} values, which blocks of {grid.block} ({grid.name}) do not divide; "
+            + (f"grids that fit: {', '.join(fits)}" if fits else "no grid fits: keep this tensor unquantized")
+        )
+    # A sum is not finite if any term is not; it may also overflow, so only then look at each value.
+    if not bool(torch.isfinite(weight_NK.sum(dtype=torch.float64))) and not bool(torch.isfinite(weight_NK).all()):
+        bad = int((~torch.isfinite(weight_NK)).sum())
+        raise UserError(
+            f"{name} holds {bad} NaN or infinite values; the checkpoint is damaged or its training diverged: "
+            "use an intact or an earlier checkpoint"
+        )
+
+
+def round_scales(scales: Tensor, grid: Grid) -> Tensor:
+    """Round scales to those the grid can store, as float32.
+
+    Rounds to ``grid.scale_bits`` significand bits, half to even, and clamps the magnitude to
+    [``scale_floor``, ``scale_ceiling``]; zero becomes ``+scale_floor``. Unsigned grids take the magnitude.
+
+    Args:
+        scales: float32, any shape, finite.
+
+    Returns:
+        float32, same shape, each value exactly representable in fp16.
+    """
+    bits = scales.to(torch.float32).contiguous().view(torch.int32)
+    drop = 24 - grid.scale_bits
+    magnitude = bits & 0x7FFFFFFF
+    half_minus_one = (1 << (drop - 1)) - 1
+    magnitude = ((magnitude + half_minus_one + ((magnitude >> drop) & 1)) >> drop) << drop
+    rounded = magnitude.view(torch.float32).clamp(grid.scale_floor, grid.scale_ceiling)
+    if not grid.signed_scale:
+        return rounded
+    return torch.where(bits < 0, -rounded, rounded) if grid.signed_scale else rounded
+
+
+def as_blocks(weight_NK: Tensor, grid: Grid) -> Tensor:
+    """View a weight as blocks, shape [N, G, block]."""
+    rows, columns = weight_NK.shape
+    return weight_NK.view(rows, columns // grid.block, grid.block)
+
+
+def absmax_scales(weight_NK: Tensor, grid: Grid) -> Tensor:
+    """Return rounded scales that map each block's largest magnitude to the end of the code range.
+
+    With a signed scale the first element of largest magnitude maps to ``code_min``; else to ``code_max``.
+
+    Returns:
+        float32 scales_NG, representable in the grid.
+    """
+    blocks = as_blocks(weight_NK.to(torch.float32), grid)
+    if grid.signed_scale:
+        index = blocks.abs().argmax(dim=-1, keepdim=True)
+        extreme_NG = blocks.gather(-1, index).squeeze(-1)
+        return round_scales(extreme_NG / grid.code_min, grid)
+    return round_scales(blocks.abs().amax(dim=-1) / grid.code_max, grid)
+
+
+def mse_scales(weight_NK: Tensor, grid: Grid, importance_K: Tensor | None = None) -> Tensor:
+    """Return rounded scales that minimize the squared rounding error of each block over a search.
+
+    Candidates are the absmax scale shrunk or stretched by fixed factors and, on a signed grid, its negative.
+
+    Args:
+        weight_NK: The weight.
+        grid: Its grid.
+        importance_K: Optional weight of each input feature's squared error, such as its mean squared activation.
+
+    Returns:
+        float32 scales_NG, representable in the grid.
+    """
+    weight_NK = weight_NK.to(torch.float32)
+    start_NG = absmax_scales(weight_NK, grid)
+    blocks = as_blocks(weight_NK, grid)
+    importance = None if importance_K is None else importance_K.view(1, -1, grid.block)
+    best_NG = start_NG
+    best_error_NG = torch.full_like(start_NG, torch.inf)
+    for sign in (1.0, -1.0) if grid.signed_scale else (1.0,):
+        for shrink in _MSE_SHRINKS:
+            candidate_NG = round_scales(start_NG * (sign * shrink), grid)
+            error = (_round_blocks(blocks, candidate_NG, grid) * candidate_NG.unsqueeze(-1)).sub_(blocks).square_()
+            if importance is not None:
+                error.mul_(importance)
+            error_NG = error.sum(dim=-1)
+            better = error_NG < best_error_NG
+            best_NG = torch.where(better, candidate_NG, best_NG)
+            best_error_NG = torch.where(better, error_NG, best_error_NG)
+    return best_NG
+
+
+def _round_blocks(blocks: Tensor, scales_NG: Tensor, grid: Grid) -> Tensor:
+    """Return the codes of blocks [N, G, block] under given scales, as float32."""
+    return (blocks * scales_NG.reciprocal().unsqueeze(-1)).round_().clamp_(grid.code_min, grid.code_max)
+
+
+def quantize(weight_NK: Tensor, grid: Grid, scales_NG: Tensor | None = None, name: str = "the weight") -> QuantizedTensor:
+    """Put a weight on a grid: ``code = clamp(round_half_even(w * (1 / scale)))``.
+
+    Args:
+        weight_NK: Any float dtype; computed in float32.
+        grid: The grid.
+        scales_NG: Scales to use, rounded to the grid first; absmax scales if None.
+        name: What errors call the weight.
+
+    Raises:
+        UserError: See ``check_weight``.
+    """
+    check_weight(weight_NK, grid, name)
+    weight_NK = weight_NK.detach().to(torch.float32)
+    scales = absmax_scales(weight_NK, grid) if scales_NG is None else round_scales(scales_NG, grid)
+    codes = _round_blocks(as_blocks(weight_NK, grid), scales, grid)
+    return QuantizedTensor(codes.to(torch.int8).view(weight_NK.shape), scales.to(torch.float16), grid)
+
+
+def dequantize(quantized: QuantizedTensor, out: Tensor | None = None) -> Tensor:
+    """Return the weight that every device decodes: ``code * float32(scale)``, exact in float32.
+
+    Args:
+        quantized: The stored tensor.
+        out: float32 buffer of shape [N, K] to write to.
+    """
+    if out is None:
+        out = torch.empty(quantized.codes_NK.shape, dtype=torch.float32, device=quantized.codes_NK.device)
+    out.copy_(quantized.codes_NK)
+    as_blocks(out, quantized.grid).mul_(quantized.scales_NG.to(torch.float32).unsqueeze(-1))
+    return out
