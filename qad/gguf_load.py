@@ -1,0 +1,282 @@
+"""A GGUF file as a Hugging Face model: configuration, tokenizer and dequantized float weights.
+
+transformers can load GGUF files itself. This module does it again for the three architectures of qad, because that
+loader parses the file three times (25 s for SmolLM2 against 3 s here), leaves a quantization_config that forbids
+saving, and knows fewer pre-tokenizers: without the digit splitting of ``smollm`` it tokenizes every number differently
+from llama.cpp. What is given up: sentencepiece vocabularies still go through transformers' converter.
+
+Sources: ggml's ``gguf.md`` for the keys; llama.cpp's ``llama-vocab.cpp`` for what each pre-tokenizer name splits on.
+"""
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from qad.errors import UserError
+from qad.gguf_check import GGUFHeader, GGUFTensor
+
+CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+# How each pre-tokenizer cuts text before byte pairs are merged: by single digits and then as GPT-2 does, or by a
+# pattern of its own.
+_GPT2_LIKE = {"smollm": True, "gpt-2": False, "gpt2": False}
+_LETTERS_AND_MARKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+_PATTERNS = {
+    "llama-bpe": _LETTERS_AND_MARKS.format(digits=r"\p{N}{1,3}"),
+    "qwen2": _LETTERS_AND_MARKS.format(digits=r"\p{N}"),
+}
+_PATTERNS |= {"llama3": _PATTERNS["llama-bpe"], "deepseek-r1-qwen": _PATTERNS["qwen2"]}
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def _short(value: float) -> float:
+    """Return the shortest decimal that is the same float32, as which GGUF stores it (1e-05, not 9.99999974e-06)."""
+    return float(str(np.float32(value)))
+
+
+def read_config(header: GGUFHeader) -> PretrainedConfig:
+    """Return the Hugging Face configuration that a GGUF header describes, without any quantization_config.
+
+    Raises:
+        UserError: A key is missing, or rotary embeddings are scaled in a way that the key values do not tell.
+    """
+    architecture = header.metadata["general.architecture"]
+
+    def value(key: str, default: Any = None) -> Any:
+        found = header.metadata.get(f"{architecture}.{key}", default)
+        if found is None:
+            raise UserError(f"the GGUF file lacks {architecture}.{key}: convert it again with a current converter")
+        return found
+
+    hidden, heads = value("embedding_length"), value("attention.head_count")
+    scaling = header.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling not in ("none", ""):
+        raise UserError(
+            f"the GGUF file scales its rotary embeddings ({scaling}), which is not read from GGUF: load the model from "
+            "its Hugging Face folder or id instead"
+        )
+    options: dict[str, Any] = {
+        "vocab_size": header.tensors["token_embd.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": value("attention.key_length", hidden // heads),
+        "rms_norm_eps": _short(value("attention.layer_norm_rms_epsilon")),
+        "max_position_embeddings": value("context_length"),
+        "rope_parameters": {"rope_theta": _short(value("rope.freq_base", 10000.0)), "rope_type": "default"},
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "dtype": "float32",
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        options[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    if architecture in ("llama", "qwen3"):
+        options["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+    if architecture == "llama":
+        options["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
+    options["architectures"] = [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[architecture] + "ForCausalLM"]
+    return CONFIGS[architecture](**options)
+
+
+def _apply_rope_factors(config: PretrainedConfig, factors: Tensor) -> None:
+    """Write Llama 3.1's frequency factors, which GGUF stores as a tensor, back as the rule that made them.
+
+    Raises:
+        UserError: The factors follow another rule.
+    """
+    theta = config.rope_parameters["rope_theta"]
+    low, high, original = 1.0, 4.0, 8192
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    wavelengths = 2 * torch.pi * theta**exponents
+    factor = float(factors.max())
+    smooth = (original / wavelengths - low) / (high - low)
+    middle = 1 / ((1 - smooth) / factor + smooth)
+    expected = torch.where(
+        wavelengths < original / high, 1.0, torch.where(wavelengths > original / low, factor, middle)
+    )
+    if not torch.allclose(expected.float(), factors, rtol=1e-3):
+        raise UserError(
+            "the GGUF file scales its rotary embeddings by factors of an unknown rule: load the model from its "
+            "Hugging Face folder or id instead"
+        )
+    config.rope_parameters = {
+        "rope_theta": theta,
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _hf_name(name: str) -> str | None:
+    """Return a tensor's Hugging Face name, None for one that has no place there."""
+    parts = name.split(".")
+    if len(parts) == 2 and parts[0] in _TOP:
+        return f"{_TOP[parts[0]]}.{parts[1]}"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER:
+        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}"
+    return None
+
+
+def _read_tensor(data: mmap.mmap, tensor: GGUFTensor) -> Tensor:
+    raw = np.frombuffer(data, dtype=np.uint8, count=tensor.size, offset=tensor.start)
+    if tensor.type == GGMLQuantizationType.F32:
+        return torch.from_numpy(raw.view(np.float32).reshape(tensor.shape).copy())
+    try:
+        values = dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.type)
+    except NotImplementedError as error:
+        raise UserError(
+            f"tensor {tensor.name!r} is stored as {tensor.type.name}, which cannot be decoded here: give the model as "
+            "F16, Q8_0 or another common type"
+        ) from error
+    return torch.from_numpy(values.astype(np.float32, copy=False).reshape(tensor.shape))
+
+
+def read_weights(path: Path, header: GGUFHeader, config: PretrainedConfig) -> dict[str, Tensor]:
+    """Return the float32 weights under Hugging Face names, llama's row permutation of q and k undone.
+
+    Sets ``config.rope_parameters`` where the file holds rotary frequency factors.
+
+    Raises:
+        UserError: A tensor type or a tensor that is not understood.
+    """
+    state: dict[str, Tensor] = {}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    unknown: list[str] = []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for name, tensor in header.tensors.items():
+            if name == _ROPE_FACTORS:
+                _apply_rope_factors(config, _read_tensor(data, tensor))
+                continue
+            target = _hf_name(name)
+            if target is None:
+                unknown.append(name)
+                continue
+            weight = _read_tensor(data, tensor)
+            part = name.split(".")[-2]
+            if config.model_type == "llama" and part in heads:
+                pairs = weight.view(heads[part], weight.shape[0] // heads[part] // 2, 2, *weight.shape[1:])
+                weight = pairs.swapaxes(1, 2).reshape(weight.shape).contiguous()
+            state[target] = weight
+    if unknown:
+        raise UserError(f"{path} holds tensors that a {config.model_type} model has no place for: {unknown[:3]}")
+    return state
+
+
+def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
+    if kind in _GPT2_LIKE:
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        steps = [pre_tokenizers.Digits(individual_digits=True), split] if _GPT2_LIKE[kind] else [split]
+    else:
+        steps = [
+            pre_tokenizers.Split(Regex(_PATTERNS[kind]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    return pre_tokenizers.Sequence(steps)
+
+
+def _byte_pair_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
+    kind = metadata.get("tokenizer.ggml.pre", "missing")
+    if kind not in _GPT2_LIKE and kind not in _PATTERNS:
+        raise UserError(
+            f"{path} has the pre-tokenizer {kind!r}; known are {', '.join(sorted([*_GPT2_LIKE, *_PATTERNS]))}. Load the "
+            "model from its Hugging Face folder or id instead"
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=merges,
+            # Llama 3's vocabulary has whole words that its merges do not reach.
+            ignore_merges=kind in ("llama-bpe", "llama3"),
+        )
+    )
+    if kind in ("qwen2", "deepseek-r1-qwen"):
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _pre_tokenizer(kind)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    added = [
+        AddedToken(token, normalized=False, special=kind_of_token == _CONTROL)
+        for token, kind_of_token in zip(tokens, types, strict=False)
+        if kind_of_token in (_CONTROL, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)
+    if metadata.get("tokenizer.ggml.add_bos_token"):
+        bos = metadata["tokenizer.ggml.bos_token_id"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A $B", special_tokens=[(tokens[bos], bos)]
+        )
+    return tokenizer
+
+
+def read_tokenizer(path: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a GGUF file carries, chat template and special tokens included.
+
+    Raises:
+        UserError: The file has no tokenizer, or one whose splitting is unknown.
+    """
+    metadata = header.metadata
+    model = metadata.get("tokenizer.ggml.model")
+    if model is None or not metadata.get("tokenizer.ggml.tokens"):
+        raise UserError(f"{path} carries no tokenizer: use a GGUF file of a whole language model")
+    if model == "llama":
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    if model != "gpt2":
+        raise UserError(
+            f"{path} has a tokenizer of type {model!r}; byte pairs (gpt2) and sentencepiece (llama) are read"
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    special = {
+        f"{name}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
+    special.setdefault("pad_token", special.get("eos_token", tokens[0]))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_pair_tokenizer(metadata, path),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
