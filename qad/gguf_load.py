@@ -217,8 +217,8 @@ def _byte_pair_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.pre", "missing")
     if kind not in _GPT2_LIKE and kind not in _PATTERNS:
         raise UserError(
-            f"{path} has the pre-tokenizer {kind!r}; known are {', '.join(sorted([*_GPT2_LIKE, *_PATTERNS]))}. Load the "
-            "model from its Hugging Face folder or id instead"
+            f"{path} has the pre-tokenizer {kind!r}; known are {', '.join(sorted([*_GPT2_LIKE, *_PATTERNS]))}. Load "
+            "the model from its Hugging Face folder or id instead"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
