@@ -1,0 +1,187 @@
+"""The metadata of a GGUF file: the model's numbers and its tokenizer, as llama.cpp reads them.
+
+A key that is absent is rarely an error to llama.cpp: it falls back to a default, and the model is silently wrong. So
+every key that has a default is written, even where the default would be right.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter, LlamaFileType, RopeScalingType, TokenType, size_label
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import qad
+from qad.architectures import detect_splitter, head_dim, key_value_heads, rope_parameters
+from qad.artifact import Artifact
+from qad.errors import UserError
+
+RUN_HASH = "qad.run_hash"
+RECIPE = "qad.recipe"
+VERSION = "qad.version"
+
+_FILE_TYPES = {"q4_0": LlamaFileType.MOSTLY_Q4_0, "q8_0": LlamaFileType.MOSTLY_Q8_0}
+
+
+def add_general(writer: GGUFWriter, artifact: Artifact, parameters: int, main_grid: str | None) -> None:
+    """Add names, sizes and where the file came from.
+
+    Args:
+        writer: The writer.
+        artifact: What is exported.
+        parameters: Number of weights.
+        main_grid: Grid of most weights, None if none is quantized.
+    """
+    origin = str(artifact.config.get("_name_or_path") or "").rstrip("/")
+    writer.add_type("model")
+    writer.add_name(Path(origin).name or artifact.folder.parent.name or artifact.config["model_type"])
+    writer.add_size_label(size_label(parameters, parameters, 0, 0))
+    writer.add_quantization_version(2)
+    writer.add_file_type(_FILE_TYPES[main_grid] if main_grid else LlamaFileType.ALL_F32)
+    writer.add_string(RUN_HASH, artifact.run_hash)
+    writer.add_string(RECIPE, json.dumps(artifact.recipe, sort_keys=True))
+    writer.add_string(VERSION, qad.__version__)
+
+
+def add_model(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """Add the numbers of the model: sizes, heads, norms, rotary embedding."""
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(key_value_heads(config))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = rope_parameters(config)
+    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    scaling = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}.get(rope["rope_type"])
+    if scaling is None:
+        return
+    writer.add_rope_scaling_type(scaling)
+    writer.add_rope_scaling_factor(float(rope["factor"]))
+    if scaling is RopeScalingType.YARN:
+        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
+        writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
+
+
+def llama3_rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
+    """Return what llama.cpp divides each rotary frequency by under Llama 3's scaling, None under any other.
+
+    Wavelengths shorter than the original context over ``high_freq_factor`` stay, those longer than it over
+    ``low_freq_factor`` are stretched by ``factor``, those between are blended (Llama 3.1's reference code).
+
+    Returns:
+        float32 of shape [head_dim / 2].
+    """
+    rope = rope_parameters(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    width = head_dim(config)
+    frequencies = float(rope["rope_theta"]) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1.0 / (kept + (1.0 - kept) / factor)).astype(np.float32)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of an artifact.
+
+    Raises:
+        UserError: There is none, or it is not one of the tokenizers library.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no usable tokenizer ({error}); copy the model's tokenizer files into it"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer in {folder} has no tokenizer.json; save it with a current transformers")
+    return tokenizer
+
+
+def _looks_like_control(text: str) -> bool:
+    """Return whether a token is a chat marker by its form; some tokenizers (Qwen) do not flag all of theirs."""
+    return (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[int]]:
+    """Return the text and the type of each of the model's tokens; rows beyond the tokenizer are unused ones."""
+    texts = [f"[PAD{index}]" for index in range(size)]
+    types = [int(TokenType.UNUSED)] * size
+    added = tokenizer.added_tokens_decoder
+    for text, index in tokenizer.get_vocab().items():
+        if index >= size:
+            raise UserError(
+                f"the tokenizer has token {index} ({text!r}) but the model's embedding only {size} rows: "
+                "the tokenizer belongs to another model"
+            )
+        texts[index] = text
+        types[index] = int(TokenType.NORMAL)
+        if index in added:
+            control = added[index].special or _looks_like_control(text)
+            types[index] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
+    return texts, types
+
+
+def _first(token_id: int | list[int] | None) -> int | None:
+    return token_id[0] if isinstance(token_id, list) else token_id
+
+
+def add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
+    """Add vocabulary, merges, splitter, special tokens and chat template.
+
+    Raises:
+        UserError: No tokenizer, one that llama.cpp cannot run, or one that does not belong to the model.
+    """
+    tokenizer = load_tokenizer(folder)
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    splitter = detect_splitter(backend)
+    texts, types = _tokens(tokenizer, config["vocab_size"])
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splitter.name)
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else _first(config.get("eos_token_id"))
+    # Without the key llama.cpp takes token 11 for the first; a model without one never sees it, for none is added.
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else _first(config.get("bos_token_id"))
+    bos = eos if bos is None else bos
+    for add, token_id in (
+        (writer.add_bos_token_id, bos),
+        (writer.add_eos_token_id, eos),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if token_id is not None:
+            add(int(token_id))
+    # What the tokenizer does, rather than what its settings say: both forms of settings exist.
+    encoded = tokenizer("a")["input_ids"]
+    assert isinstance(encoded, list)
+    writer.add_add_bos_token(len(encoded) > 1 and encoded[0] == bos)
+    writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == eos)
+    writer.add_add_space_prefix(False)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template:
+        writer.add_chat_template(template)
+
+
+def main_grid(artifact: Artifact) -> str | None:
+    """Return the grid of most quantized weights, the embedding aside; None if nothing is quantized."""
+    counts: dict[str, int] = {}
+    for name, grid in artifact.grids.items():
+        counts[grid] = counts.get(grid, 0) + (0 if "embed_tokens" in name else math.prod(artifact.shape(name)))
+    return max(counts, key=lambda grid: counts[grid]) if counts else None

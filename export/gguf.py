@@ -1,0 +1,220 @@
+"""GGUF: the codes and scales of an artifact as ggml blocks, nothing rounded again.
+
+gguf's writer lays out header and metadata. The blocks follow one tensor after another, so that memory holds one tensor
+and its packed form whatever the model's size. The file appears under its name when it is complete.
+
+Reading back is left to gguf-py's own decoder, which shares no code with the packing here.
+
+Shapes: N output features, K input features, H heads.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qad.architectures import Architecture, architecture_of_gguf, get_architecture
+from qad.artifact import Artifact
+from qad.errors import UserError
+from qad.export import OnProgress, Weights, _gguf_metadata, check_grids, get
+from qad.files import replacing_file
+from qad.gguf_check import read_header
+from qad.grid import get_grid
+from qad.pack import gguf_block_bytes, pack_gguf
+from qad.tensor import QuantizedTensor
+
+SUFFIX = ".gguf"
+GRIDS = ("q4_0", "q8_0")
+
+_BLOCKS = {"q4_0": GGMLQuantizationType.Q4_0, "q8_0": GGMLQuantizationType.Q8_0}
+_ROPE_FACTORS = "rope_freqs.weight"
+_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+
+
+def _gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
+    """Return Hugging Face name -> GGUF name of every parameter that a model may have."""
+    index = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(index[architecture.gguf], layers)
+    names = {}
+    for name in architecture.parameter_names(layers):
+        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        names[name] = found
+    return names
+
+
+def _permute_rows(rows: Tensor, heads: int) -> Tensor:
+    """Reorder a q or k projection's rows, within each head, from two halves to interleaved pairs.
+
+    ggml's rotary embedding of the llama architecture turns neighbouring rows, Hugging Face's row i with row i + d/2.
+    Whole rows move, so a block's codes and its scale stay together.
+    """
+    return rows.view(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _unpermute_rows(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Undo ``_permute_rows``."""
+    return rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _stored_bytes(artifact: Artifact, name: str) -> tuple[tuple[int, ...], int]:
+    """Return the shape and the bytes of a tensor in the file."""
+    shape = artifact.shape(name)
+    if name not in artifact.grids:
+        return shape, 4 * math.prod(shape)
+    grid = get_grid(artifact.grids[name])
+    return shape, math.prod(shape) // grid.block * gguf_block_bytes(grid)
+
+
+def _pack(artifact: Artifact, name: str, heads: int) -> NDArray[np.generic]:
+    """Return a tensor's bytes as the file stores them: ready blocks, or float32."""
+    if name not in artifact.grids:
+        kept = artifact.weight(name)
+        return (_permute_rows(kept, heads) if heads else kept).contiguous().numpy()
+    stored = artifact.quantized(name)
+    if heads:
+        codes, scales = _permute_rows(stored.codes_NK, heads), _permute_rows(stored.scales_NG, heads)
+        stored = QuantizedTensor(codes, scales, stored.grid)
+    return pack_gguf(stored)
+
+
+def _file_order(artifact: Artifact, names: Mapping[str, str]) -> list[str]:
+    """Return the artifact's parameter names in the model's order, which is that in which a runtime reads them.
+
+    Raises:
+        UserError: The artifact has a tensor that the architecture does not know.
+    """
+    present = {*artifact.grids, *artifact.kept}
+    unknown = sorted(present - names.keys())
+    if unknown:
+        raise UserError(f"GGUF has no name for {', '.join(unknown[:3])} of a {artifact.config['model_type']} model")
+    return [name for name in names if name in present and not (artifact.tied_head and name == "lm_head.weight")]
+
+
+def _write_header(artifact: Artifact, order: list[str], names: Mapping[str, str], path: Path) -> None:
+    """Write everything that stands before the data."""
+    architecture = get_architecture(artifact.config)
+    # The writer reports every step as information; what matters is said by the caller.
+    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
+    writer = GGUFWriter(path, architecture.gguf)
+    parameters = sum(math.prod(artifact.shape(name)) for name in order)
+    _gguf_metadata.add_general(writer, artifact, parameters, _gguf_metadata.main_grid(artifact))
+    _gguf_metadata.add_model(writer, artifact.config)
+    _gguf_metadata.add_tokenizer(writer, artifact.folder, artifact.config)
+    factors = _gguf_metadata.llama3_rope_factors(artifact.config)
+    if factors is not None:
+        writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for name in order:
+        shape, size = _stored_bytes(artifact, name)
+        kind = _BLOCKS[artifact.grids[name]] if name in artifact.grids else GGMLQuantizationType.F32
+        writer.add_tensor_info(names[name], shape, np.dtype(np.float32), size, raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _data(artifact: Artifact, order: list[str]) -> Iterator[NDArray[np.generic]]:
+    """Yield the tensors in the order of the header, each made when it is asked for."""
+    factors = _gguf_metadata.llama3_rope_factors(artifact.config)
+    if factors is not None:
+        yield factors
+    architecture = get_architecture(artifact.config)
+    for name in order:
+        yield _pack(artifact, name, architecture.permuted_heads(name, artifact.config))
+
+
+def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> None:
+    """Write an artifact as a GGUF file, whole or not at all.
+
+    Args:
+        artifact: What to write.
+        path: Where; a previous file is replaced when the new one is complete.
+        on_progress: Called after each tensor with the bytes of weights written so far and in all.
+
+    Raises:
+        UserError: A grid, architecture or tokenizer that GGUF cannot carry, no tokenizer, or a full disk.
+    """
+    check_grids(artifact, get("gguf"))
+    architecture = get_architecture(artifact.config)
+    names = _gguf_names(architecture, artifact.config["num_hidden_layers"])
+    order = _file_order(artifact, names)
+    total = sum(_stored_bytes(artifact, name)[1] for name in order)
+    done = 0
+    with replacing_file(path) as temporary:
+        _write_header(artifact, order, names, temporary)
+        # Plain writes, because NumPy's tofile, which the writer uses, reports a full disk without its error number.
+        with temporary.open("ab") as file:
+            for stored in _data(artifact, order):
+                file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+                file.write(memoryview(stored).cast("B"))
+                done += stored.nbytes
+                if on_progress is not None:
+                    on_progress(min(done, total), total)
+            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+
+
+class GGUFWeights(Mapping[str, NDArray[np.float32]]):
+    """A GGUF file's tensors by Hugging Face name, decoded by gguf-py when asked for.
+
+    A tensor that the architecture does not know keeps its GGUF name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        self._architecture = architecture_of_gguf(header.metadata["general.architecture"])
+        prefix = self._architecture.gguf
+        heads = header.metadata.get(f"{prefix}.attention.head_count")
+        layers = header.metadata.get(f"{prefix}.block_count")
+        if not isinstance(heads, int) or not isinstance(layers, int):
+            raise UserError(f"{path} lacks its number of layers or heads; export it again")
+        self._config = {
+            "num_attention_heads": heads,
+            "num_key_value_heads": header.metadata.get(f"{prefix}.attention.head_count_kv", heads),
+        }
+        try:
+            stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
+            raise UserError(f"gguf-py cannot read {path} ({error}); export it again") from error
+        hf_names = {gguf_name: name for name, gguf_name in _gguf_names(self._architecture, layers).items()}
+        # The rotary factors are computed from the configuration; they are no parameter.
+        self._stored = {hf_names.get(name, name): tensor for name, tensor in stored.items() if name != _ROPE_FACTORS}
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        tensor = self._stored[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        heads = self._architecture.permuted_heads(name, self._config)
+        return _unpermute_rows(values, heads) if heads else values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def read(path: Path) -> Weights:
+    """Return the weights of a GGUF file as gguf-py decodes them.
+
+    Raises:
+        UserError: Not a GGUF file, truncated, damaged, or of an architecture that is not supported.
+    """
+    return GGUFWeights(path)
+
+
+def run_hash(path: Path) -> str | None:
+    """Return the hash of the run that a file was exported from, None if another tool wrote it.
+
+    Raises:
+        UserError: Not a GGUF file, truncated or damaged.
+    """
+    found = read_header(path).metadata.get(_gguf_metadata.RUN_HASH)
+    return found if isinstance(found, str) else None

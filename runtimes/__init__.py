@@ -1,0 +1,219 @@
+"""Runtimes: one module per engine, each satisfying ``Runtime``. The folder listing is the registry.
+
+Whoever judges or uses a model asks for a ``Session`` and stays blind to the engine behind it.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol, Self, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qad import export
+from qad.errors import UserError, unknown_name
+
+# Kinds of model that are no exported file: a run's artifact, and a Hugging Face folder.
+ARTIFACT = "artifact"
+FOLDER = "folder"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Keeps the fewest most likely tokens whose probabilities reach this sum (nucleus sampling).
+        top_k: Keeps that many most likely tokens; 0 keeps all.
+        seed: Of the random choice.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError(f"{self} is impossible: temperature and top_k are at least 0, top_p in (0, 1]")
+
+
+def choose(logits_V: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator) -> int:
+    """Return the next token under a sampling rule; top_k is applied before top_p."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    order = np.argsort(-logits_V, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    scaled = logits_V[order].astype(np.float64) / sampling.temperature
+    weights = np.exp(scaled - scaled[0])
+    weights /= weights.sum()
+    # A token stays if the likelier ones do not yet reach top_p: the first always does.
+    kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p * (1 - 1e-12))) + 1
+    weights = weights[:kept] / weights[:kept].sum()
+    return int(order[generator.choice(len(weights), p=weights)])
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why and how fast a generation ended.
+
+    Attributes:
+        reason: ``stop``: the model ended its answer; ``length``: it reached the number of new tokens.
+        prompt_tokens, new_tokens: How many were read and made.
+        prompt_seconds, new_seconds: How long that took.
+    """
+
+    reason: Literal["stop", "length"]
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    new_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of making new tokens."""
+        return self.new_tokens / self.new_seconds if self.new_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer as it is generated.
+
+    Attributes:
+        text: Text that is complete; characters of several tokens wait for the last of them.
+        token: The token that brought it, None in the last piece.
+        ending: None but in the last piece.
+    """
+
+    text: str
+    token: int | None = None
+    ending: Ending | None = None
+
+
+class Session(Protocol):
+    """An opened model."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits per position."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return a text's tokens: special tokens in it are recognized, none is added around it."""
+        ...
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included."""
+        ...
+
+    def chat_prompt(self, text: str) -> list[int]:
+        """Return the tokens of one user message under the model's own chat template, ready for the answer."""
+        ...
+
+    def logits(self, tokens_BT: ArrayLike) -> NDArray[np.float32]:
+        """Return the logits after each token of each sequence, shape [B, T, V]."""
+        ...
+
+    def stream(self, prompt_T: Sequence[int], new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[Piece]:
+        """Yield an answer piece by piece; the last piece holds the ending.
+
+        Raises:
+            UserError: Prompt and answer do not fit the model's context.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model. May be called twice."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Runtime(Protocol):
+    """What a module of this folder offers."""
+
+    @property
+    def FORMATS(self) -> tuple[str, ...]:  # noqa: N802
+        """Formats it opens: names of exporters, ``ARTIFACT``, ``FOLDER``."""
+        ...
+
+    def available(self) -> str | None:
+        """Return None if it is ready to run, else the reason why not and the remedy."""
+        ...
+
+    def open(self, path: Path, device: str = "cpu", threads: int | None = None) -> Session:
+        """Open a model.
+
+        Args:
+            path: File or folder of one of the formats.
+            device: ``cpu``, or ``gpu`` where the engine was built for one.
+            threads: Threads of the CPU; the free physical cores if None.
+
+        Raises:
+            UserError: The runtime is not available, or the model is missing, damaged or of an unknown kind.
+        """
+        ...
+
+
+def names() -> list[str]:
+    """Return the names of the runtimes."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def get(name: str) -> Runtime:
+    """Return the runtime of that name.
+
+    Raises:
+        UserError: No such runtime; the message lists those there are.
+    """
+    if name not in names():
+        raise unknown_name("runtime", name, names())
+    return cast(Runtime, importlib.import_module(f"{__name__}.{name}"))
+
+
+def format_of(path: Path) -> str:
+    """Return the format of a file or folder: the name of its exporter, ``ARTIFACT`` or ``FOLDER``.
+
+    Raises:
+        UserError: Missing, or of no known kind.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing: give an exported file, a run, or a model folder")
+    if (path / "artifact.json").is_file() or (path / "artifact" / "artifact.json").is_file():
+        return ARTIFACT
+    if (path / "config.json").is_file():
+        return FOLDER
+    for name in export.names():
+        if export.get(name).SUFFIX == path.suffix:
+            return name
+    raise UserError(f"{path} is neither an exported file, a run, nor a model folder with a config.json")
+
+
+def runtime_for(path: Path) -> Runtime:
+    """Return the first available runtime that opens a file or folder.
+
+    Raises:
+        UserError: No runtime does, with each one's reason.
+    """
+    kind = format_of(path)
+    reasons = []
+    for name in names():
+        runtime = get(name)
+        if kind in runtime.FORMATS:
+            reason = runtime.available()
+            if reason is None:
+                return runtime
+            reasons.append(f"{name}: {reason}")
+    raise UserError(f"no runtime can open {path} ({'; '.join(reasons) or f'none reads the format {kind}'})")
