@@ -1,1 +1,1 @@
-"""Boards: one TOML file each with the facts that plans and runtimes need. The listing of this folder is the registry."""
+"""Boards: one TOML file each, with the facts that plans and runtimes need. This folder's listing is the registry."""

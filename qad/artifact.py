@@ -34,7 +34,7 @@ _FORMAT = 1
 def tensor_sha256(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's float32 bytes in row-major order."""
     data = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    return hashlib.sha256(memoryview(data.numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(data.numpy().data.cast("B")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def open_artifact(run: Path) -> Artifact:
         raise UserError(f"the artifact in {folder} is damaged ({error}); train or copy it again") from error
     if description.get("format") != _FORMAT:
         raise UserError(f"{folder} has artifact format {description.get('format')}; this qad reads format {_FORMAT}")
-    wanted = {f"{name}.{part}" for name in description["grids"] for part in ("codes", "scales")} | set(description["kept"])
+    wanted = {f"{name}.{part}" for name in description["grids"] for part in ("codes", "scales")}
+    wanted |= set(description["kept"])
     if wanted - present:
         raise UserError(f"the artifact in {folder} lacks {sorted(wanted - present)[:3]}; train or copy it again")
     return Artifact(

@@ -15,7 +15,9 @@ from qad.errors import UserError
 def _explain(error: OSError, target: Path) -> UserError | None:
     """Return the user's error for a full or read-only disk, None for anything else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk is full while writing {target}; what was there before is untouched: free some space")
+        return UserError(
+            f"the disk is full while writing {target}; what was there before is untouched: free some space"
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"no permission to write {target}: choose another output with -o")
     return None

@@ -41,7 +41,9 @@ def philox4x32(counter: tuple[Tensor, int, int, int], key: tuple[int, int], roun
     return [c0, c1, c2, c3]
 
 
-def uniform16(count: int, *, seed: int, tensor: int, step: int, stream: int = 0, device: torch.device | None = None) -> Tensor:
+def uniform16(
+    count: int, *, seed: int, tensor: int, step: int, stream: int = 0, device: torch.device | None = None
+) -> Tensor:
     """Return ``count`` float32 values (r + 0.5) / 65536 in (0, 1), r a 16-bit random number.
 
     Element e takes bits 16 * (e % 2) of word (e % 8) // 2 of call e // 8.

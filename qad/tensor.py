@@ -84,9 +84,7 @@ def round_scales(scales: Tensor, grid: Grid) -> Tensor:
     half_minus_one = (1 << (drop - 1)) - 1
     magnitude = ((magnitude + half_minus_one + ((magnitude >> drop) & 1)) >> drop) << drop
     rounded = magnitude.view(torch.float32).clamp(grid.scale_floor, grid.scale_ceiling)
-    if not grid.signed_scale:
-        return rounded
-    return torch.where(bits < 0, -rounded, rounded) if grid.signed_scale else rounded
+    return torch.where(scales < 0, -rounded, rounded) if grid.signed_scale else rounded
 
 
 def as_blocks(weight_NK: Tensor, grid: Grid) -> Tensor:
@@ -148,7 +146,9 @@ def _round_blocks(blocks: Tensor, scales_NG: Tensor, grid: Grid) -> Tensor:
     return (blocks * scales_NG.reciprocal().unsqueeze(-1)).round_().clamp_(grid.code_min, grid.code_max)
 
 
-def quantize(weight_NK: Tensor, grid: Grid, scales_NG: Tensor | None = None, name: str = "the weight") -> QuantizedTensor:
+def quantize(
+    weight_NK: Tensor, grid: Grid, scales_NG: Tensor | None = None, name: str = "the weight"
+) -> QuantizedTensor:
     """Put a weight on a grid: ``code = clamp(round_half_even(w * (1 / scale)))``.
 
     Args:

@@ -1,0 +1,194 @@
+"""Writing whole or not at all: exceptions, a full disk, a missing permission and SIGKILL at any moment."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qad.errors import UserError
+from qad.files import recover_folder, replacing_file, replacing_folder, sha256_of_file
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------- one file
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "model.gguf"
+    with replacing_file(target) as temporary:
+        temporary.write_bytes(b"one")
+        assert not target.exists()
+        assert temporary.parent == target.parent
+    assert target.read_bytes() == b"one"
+    with replacing_file(target) as temporary:
+        temporary.write_bytes(b"two")
+        assert target.read_bytes() == b"one"
+    assert target.read_bytes() == b"two"
+    assert names(target.parent) == ["model.gguf"]
+
+
+def test_a_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    with replacing_file(tmp_path / "safe") as temporary:
+        temporary.write_text("")
+    assert (tmp_path / "safe").stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_previous_file_survives_an_exception(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "model.gguf"
+    target.write_bytes(b"one")
+
+    def fail() -> None:
+        with replacing_file(target) as temporary:
+            temporary.write_bytes(b"two, half wri")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert target.read_bytes() == b"one"
+    assert names(tmp_path) == ["model.gguf"]
+
+
+def test_the_previous_file_survives_a_full_disk(small_disk: Path) -> None:
+    target = small_disk / "model.gguf"
+    target.write_bytes(b"one")
+
+    def fill() -> None:
+        with replacing_file(target) as temporary:
+            temporary.write_bytes(bytes(1 << 20))
+
+    with pytest.raises(UserError, match=r"disk is full while writing .*model\.gguf.*untouched"):
+        fill()
+    assert target.read_bytes() == b"one"
+    assert names(small_disk) == ["model.gguf"]
+
+
+def test_a_place_without_permission(small_disk: Path) -> None:
+    # A read-only file system stops even root, whom permissions do not.
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match="no permission to write .* -o"), replacing_file(small_disk / "model.gguf"):
+        pass
+    with pytest.raises(UserError, match="no permission to write .* -o"), replacing_folder(small_disk / "artifact"):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------- a folder
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "run" / "artifact"
+    with replacing_folder(target) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "a").write_text("1")
+        assert not target.exists()
+    with replacing_folder(target) as temporary:
+        (temporary / "b").write_text("2")
+        assert (target / "sub" / "a").read_text() == "1"
+    assert names(target) == ["b"]
+    assert names(target.parent) == ["artifact"]
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_previous_folder_survives_an_exception(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "artifact"
+    target.mkdir()
+    (target / "a").write_text("1")
+
+    def fail() -> None:
+        with replacing_folder(target) as temporary:
+            (temporary / "b").write_text("2")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(target) == ["a"]
+    assert names(tmp_path) == ["artifact"]
+
+
+def test_the_previous_folder_survives_a_full_disk(small_disk: Path) -> None:
+    target = small_disk / "artifact"
+    target.mkdir()
+    (target / "a").write_text("1")
+
+    def fill() -> None:
+        with replacing_folder(target) as temporary:
+            (temporary / "b").write_bytes(bytes(1 << 20))
+
+    with pytest.raises(UserError, match="disk is full"):
+        fill()
+    assert (target / "a").read_text() == "1"
+    assert names(small_disk) == ["artifact"]
+
+
+def test_a_crash_between_the_two_renames_is_undone(tmp_path: Path) -> None:
+    target, previous = tmp_path / "artifact", tmp_path / ".artifact.previous"
+    previous.mkdir()
+    (previous / "a").write_text("1")
+    (tmp_path / ".artifact.x1y2.tmp").mkdir()
+    recover_folder(target)
+    assert names(tmp_path) == ["artifact"]
+    assert (target / "a").read_text() == "1"
+
+
+def test_a_crash_after_the_second_rename_is_completed(tmp_path: Path) -> None:
+    target, previous = tmp_path / "artifact", tmp_path / ".artifact.previous"
+    for folder, text in ((previous, "1"), (target, "2")):
+        folder.mkdir()
+        (folder / "a").write_text(text)
+    recover_folder(target)
+    assert names(tmp_path) == ["artifact"]
+    assert (target / "a").read_text() == "2"
+
+
+_WRITER = """
+import itertools, sys
+from pathlib import Path
+from qad.files import replacing_file, replacing_folder
+place = Path(sys.argv[1])
+for version in itertools.count(int(sys.argv[2])):
+    with replacing_folder(place / "artifact") as folder:
+        for part in range(8):
+            (folder / str(part)).write_text(str(version) * 1000)
+    with replacing_file(place / "model.gguf") as file:
+        file.write_text(str(version) * 100_000)
+    print(version, flush=True)
+"""
+
+
+def test_sigkill_at_any_moment_leaves_one_whole_version(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    moments = random.Random(1)
+    version = 0
+    for _ in range(10):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(tmp_path), str(version)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        version = int(writer.stdout.readline())
+        time.sleep(moments.uniform(0, 0.02))
+        writer.send_signal(signal.SIGKILL)
+        version = max([version, *map(int, writer.stdout.read().split())])
+        writer.wait()
+        recover_folder(target)
+        assert names(target) == [str(part) for part in range(8)]
+        parts = {(target / str(part)).read_text() for part in range(8)}
+        # The version reported last, or the one that was just being finished.
+        assert parts in ({str(version) * 1000}, {str(version + 1) * 1000})
+        assert (tmp_path / "model.gguf").read_text() in (str(version) * 100_000, str(version + 1) * 100_000)
+        version += 2
+    assert [name for name in names(tmp_path) if name.startswith(".artifact")] == []
+
+
+def test_sha256_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_of_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
