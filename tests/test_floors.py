@@ -191,7 +191,9 @@ def test_packages_resolve_their_own_dots() -> None:
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("module", ["qad", "qad.grid", "qad.errors", "qad.files", "qad.devices", "qad.cli"])
