@@ -31,6 +31,7 @@ from rich.table import Table
 from qad.errors import UserError
 from qad.gguf_check import check_gguf, read_header
 from qad.runtimes import _cores, llamacpp
+from qad.verify import log_softmax
 
 _ROWS_AT_ONCE = 64
 _TOTAL = "all texts"
@@ -60,13 +61,6 @@ class Tally:
             "perplexity": float(np.exp(np.concatenate(self.surprise).mean())),
             "same_top": self.same_top / len(kl),
         }
-
-
-def log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return log probabilities in float64: differences of nearly equal ones are what is measured."""
-    shifted = logits_TV.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def judge(teacher_TV: NDArray[np.float32], file_TV: NDArray[np.float32], next_T: NDArray[np.int64]) -> Tally:
@@ -176,15 +170,8 @@ def compare(
 def table_of(rows: list[dict[str, str | float]], rivals: list[str]) -> Table:
     """Return the table that is printed; ratios compare the KL of a file with a rival's on the same text."""
     table = Table(title="KL to the teacher, judged by llama.cpp")
-    for heading in (
-        "text",
-        "file",
-        "MB",
-        "mean KL",
-        "perplexity",
-        "same top-1",
-        *(f"KL ÷ {name.split()[-1]}'s" for name in rivals),
-    ):
+    ratio_names = [f"KL ÷ {name.split()[-1]}'s" for name in rivals]
+    for heading in ("text", "file", "MB", "mean KL", "perplexity", "same top-1", *ratio_names):
         names = heading in ("text", "file")
         table.add_column(heading, justify="left" if names else "right", overflow="fold", no_wrap=not names)
     last = None

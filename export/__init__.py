@@ -35,12 +35,12 @@ class Exporter(Protocol):
     """What a module of this folder offers."""
 
     @property
-    def SUFFIX(self) -> str:  # noqa: N802
+    def SUFFIX(self) -> str:
         """Ending of the files it writes, with the dot."""
         ...
 
     @property
-    def GRIDS(self) -> tuple[str, ...]:  # noqa: N802
+    def GRIDS(self) -> tuple[str, ...]:
         """Names of the grids whose codes it can carry unchanged."""
         ...
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter, LlamaFileType, RopeScalingType, TokenType, size_label
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import qad
 from qad.architectures import detect_splitter, head_dim, key_value_heads, rope_parameters
 from qad.artifact import Artifact
 from qad.errors import UserError
+from qad.model import load_tokenizer
 
 RUN_HASH = "qad.run_hash"
 RECIPE = "qad.recipe"
@@ -93,26 +94,9 @@ def llama3_rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
     return (1.0 / (kept + (1.0 - kept) / factor)).astype(np.float32)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of an artifact.
-
-    Raises:
-        UserError: There is none, or it is not one of the tokenizers library.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} holds no usable tokenizer ({error}); copy the model's tokenizer files into it"
-        ) from error
-    if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer in {folder} has no tokenizer.json; save it with a current transformers")
-    return tokenizer
-
-
 def _looks_like_control(text: str) -> bool:
     """Return whether a token is a chat marker by its form; some tokenizers (Qwen) do not flag all of theirs."""
-    return (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
+    return (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<\uff5c") and text.endswith("\uff5c>"))
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[int]]:
@@ -144,8 +128,10 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> N
     Raises:
         UserError: No tokenizer, one that llama.cpp cannot run, or one that does not belong to the model.
     """
-    tokenizer = load_tokenizer(folder)
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = load_tokenizer(str(folder))
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer in {folder} has no tokenizer.json; save it with a current transformers")
+    backend = tokenizer.backend_tokenizer
     splitter = detect_splitter(backend)
     texts, types = _tokens(tokenizer, config["vocab_size"])
     merges = json.loads(backend.to_str())["model"]["merges"]
@@ -168,7 +154,6 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> N
             add(int(token_id))
     # What the tokenizer does, rather than what its settings say: both forms of settings exist.
     encoded = tokenizer("a")["input_ids"]
-    assert isinstance(encoded, list)
     writer.add_add_bos_token(len(encoded) > 1 and encoded[0] == bos)
     writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == eos)
     writer.add_add_space_prefix(False)

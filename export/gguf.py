@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -72,7 +73,7 @@ def _stored_bytes(artifact: Artifact, name: str) -> tuple[tuple[int, ...], int]:
     return shape, math.prod(shape) // grid.block * gguf_block_bytes(grid)
 
 
-def _pack(artifact: Artifact, name: str, heads: int) -> NDArray[np.generic]:
+def _pack(artifact: Artifact, name: str, heads: int) -> NDArray[Any]:
     """Return a tensor's bytes as the file stores them: ready blocks, or float32."""
     if name not in artifact.grids:
         kept = artifact.weight(name)
@@ -122,7 +123,7 @@ def _write_header(artifact: Artifact, order: list[str], names: Mapping[str, str]
         writer.close()
 
 
-def _data(artifact: Artifact, order: list[str]) -> Iterator[NDArray[np.generic]]:
+def _data(artifact: Artifact, order: list[str]) -> Iterator[NDArray[Any]]:
     """Yield the tensors in the order of the header, each made when it is asked for."""
     factors = _gguf_metadata.llama3_rope_factors(artifact.config)
     if factors is not None:

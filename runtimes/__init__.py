@@ -45,6 +45,9 @@ class Sampling:
             raise UserError(f"{self} is impossible: temperature and top_k are at least 0, top_p in (0, 1]")
 
 
+GREEDY = Sampling()
+
+
 def choose(logits_V: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator) -> int:
     """Return the next token under a sampling rule; top_k is applied before top_p."""
     if sampling.temperature == 0:
@@ -122,7 +125,7 @@ class Session(Protocol):
         """Return the logits after each token of each sequence, shape [B, T, V]."""
         ...
 
-    def stream(self, prompt_T: Sequence[int], new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[Piece]:
+    def stream(self, prompt_T: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[Piece]:
         """Yield an answer piece by piece; the last piece holds the ending.
 
         Raises:
@@ -145,7 +148,7 @@ class Runtime(Protocol):
     """What a module of this folder offers."""
 
     @property
-    def FORMATS(self) -> tuple[str, ...]:  # noqa: N802
+    def FORMATS(self) -> tuple[str, ...]:
         """Formats it opens: names of exporters, ``ARTIFACT``, ``FOLDER``."""
         ...
 
@@ -196,7 +199,7 @@ def format_of(path: Path) -> str:
     if (path / "config.json").is_file():
         return FOLDER
     for name in export.names():
-        if export.get(name).SUFFIX == path.suffix:
+        if path.suffix == export.get(name).SUFFIX:
             return name
     raise UserError(f"{path} is neither an exported file, a run, nor a model folder with a config.json")
 

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qad.errors import UserError
 from qad.gguf_check import check_gguf
-from qad.runtimes import Ending, Piece, Sampling, _cores, choose
+from qad.runtimes import GREEDY, Ending, Piece, Sampling, _cores, choose
 
 FORMATS = ("gguf",)
 
@@ -89,7 +89,7 @@ def quiet() -> None:
     _log_lines().clear()
 
 
-def lastlast_failure() -> str:
+def last_failure() -> str:
     """Return the lines of llama.cpp's log that tell why something failed."""
     lines = "".join(_log_lines()).splitlines()
     telling = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
@@ -255,7 +255,7 @@ class LlamaSession:
                 out[row, start:end] = self._decode(tokens[row, start:end], start, every=True)
         return out
 
-    def stream(self, prompt_T: Sequence[int], new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[Piece]:
+    def stream(self, prompt_T: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[Piece]:
         """Yield an answer piece by piece; the last piece holds the ending.
 
         Raises:

@@ -1,0 +1,281 @@
+"""Prove that an exported file holds the weights the trainer saw, and show that a runtime computes with them.
+
+The proof has two halves. The artifact recorded the SHA-256 of each tensor as the trainer's forward multiplied with it;
+a decoder that shares no code with the exporter must reproduce these hashes from the file. And it must agree with the
+artifact's own codes and scales bit for bit, which tells where a mismatch lies. What a runtime does with the weights
+(it rounds activations) is then measured rather than proved.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from qad import runtimes
+from qad.artifact import Artifact, open_artifact, tensor_sha256
+from qad.errors import UserError
+from qad.export import OnProgress, Weights, exporter_for
+
+QUESTION = "Explain in two sentences why leaves are green."
+ANSWER_TOKENS = 48
+# Run-time rounding of activations stays below; what lies far above is wrong metadata or a wrong engine.
+EXPECTED_KL = 1e-2
+IMPOSSIBLE_KL = 1e-1
+_CHUNK = 256
+_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that the file does not hold as trained.
+
+    Attributes:
+        name: The tensor.
+        reason: What is wrong, in words.
+        differing: How many weights have other bits than the artifact's.
+        first: Position of the first of them.
+    """
+
+    name: str
+    reason: str
+    differing: int = 0
+    first: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        where = f" ({self.differing} weights, the first at {list(self.first)})" if self.differing else ""
+        return f"{self.name}: {self.reason}{where}"
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What comparing a file with its run found.
+
+    Attributes:
+        quantized, exact: Quantized tensors, and those of them that are bit-exact.
+        kept, kept_exact: The same of the tensors kept in float32.
+        mismatches: One entry for each tensor that is not.
+        run_hash: Of the artifact.
+        file_run_hash: As the file's metadata has it, None if it has none.
+    """
+
+    quantized: int
+    exact: int
+    kept: int
+    kept_exact: int
+    run_hash: str
+    file_run_hash: str | None
+    mismatches: list[Mismatch] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor is bit-exact and nothing is missing or added."""
+        return not self.mismatches
+
+
+def _compare(artifact: Artifact, decoded: Weights, name: str) -> Mismatch | None:
+    """Compare one tensor of the file with the artifact and with the trainer's hash."""
+    if name not in decoded:
+        return Mismatch(name, "missing in the file")
+    found = np.ascontiguousarray(decoded[name])
+    wanted = artifact.weight(name).numpy()
+    if found.shape != wanted.shape:
+        return Mismatch(name, f"shape {found.shape} in the file, {wanted.shape} in the artifact")
+    differing = found.view(np.uint32) != wanted.view(np.uint32)
+    count = int(np.count_nonzero(differing))
+    if count:
+        first = tuple(int(index) for index in np.unravel_index(int(differing.argmax()), differing.shape))
+        return Mismatch(name, "the file's weights are not the artifact's", count, first)
+    if name in artifact.grids and tensor_sha256(torch.from_numpy(found)) != artifact.forward_sha256.get(name):
+        return Mismatch(name, "file and artifact agree, but the trainer's forward used other weights")
+    return None
+
+
+def verify(run: Path, file: Path, on_progress: OnProgress | None = None) -> VerifyResult:
+    """Compare every tensor of an exported file with the run it should come from.
+
+    Args:
+        run: The run folder.
+        file: The exported file.
+        on_progress: Called with the tensors compared so far and in all.
+
+    Raises:
+        UserError: No artifact there, or the file is missing, damaged or of an unknown format.
+    """
+    artifact = open_artifact(run)
+    exporter = exporter_for(file)
+    decoded = exporter.read(file)
+    names = [*artifact.grids, *artifact.kept]
+    mismatches = []
+    for done, name in enumerate(names, start=1):
+        mismatch = _compare(artifact, decoded, name)
+        if mismatch is not None:
+            mismatches.append(mismatch)
+        if on_progress is not None:
+            on_progress(done, len(names))
+    wrong = {mismatch.name for mismatch in mismatches}
+    mismatches += [Mismatch(name, "not in the artifact") for name in decoded if name not in set(names)]
+    return VerifyResult(
+        quantized=len(artifact.grids),
+        exact=len(artifact.grids.keys() - wrong),
+        kept=len(artifact.kept),
+        kept_exact=len(set(artifact.kept) - wrong),
+        run_hash=artifact.run_hash,
+        file_run_hash=exporter.run_hash(file),
+        mismatches=mismatches,
+    )
+
+
+def log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return log probabilities in float64: differences of nearly equal ones are what is measured."""
+    shifted = logits_TV.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a runtime on the file agrees with torch on the artifact.
+
+    Attributes:
+        tokens: Positions compared.
+        kl: Mean KL(torch || runtime) over the full vocabulary.
+        same_top: Share of positions where both rank the same token first.
+        same_tokens: Whether both cut the text, and the question under the chat template, into the same tokens.
+        torch_answer, runtime_answer: Greedy answers to ``QUESTION``.
+    """
+
+    tokens: int
+    kl: float
+    same_top: float
+    same_tokens: bool
+    torch_answer: str
+    runtime_answer: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the runtime computes the same model, its rounding aside."""
+        return self.same_tokens and self.kl < IMPOSSIBLE_KL
+
+
+def _answer(session: runtimes.Session, prompt: list[int]) -> str:
+    return "".join(piece.text for piece in session.stream(prompt, ANSWER_TOKENS)).strip()
+
+
+def compare_runtime(run: Path, file: Path, text: str, threads: int | None = None) -> Agreement:
+    """Run a file in its engine and the artifact in torch on the same text and question.
+
+    Raises:
+        UserError: No runtime opens the file, or the text is too short.
+    """
+    with (
+        runtimes.get("reference").open(run, threads=threads) as reference,
+        runtimes.runtime_for(file).open(file, threads=threads) as session,
+    ):
+        tokens = reference.tokenize(text)
+        question = reference.chat_prompt(QUESTION)
+        same_tokens = session.tokenize(text) == tokens and session.chat_prompt(QUESTION) == question
+        limit = open_artifact(run).config["max_position_embeddings"]
+        length = min(_CHUNK, limit, len(tokens))
+        if length < 2:
+            raise UserError("the text is too short to compare anything: give some sentences with --text")
+        kl, same = [], []
+        for start in range(0, min(len(tokens) - length + 1, _CHUNKS * length), length):
+            chunk = [tokens[start : start + length]]
+            ours, theirs = log_softmax(reference.logits(chunk)[0]), log_softmax(session.logits(chunk)[0])
+            kl.append((np.exp(ours) * (ours - theirs)).sum(axis=1))
+            same.append(ours.argmax(axis=1) == theirs.argmax(axis=1))
+        answers = ["", ""]
+        if len(question) + ANSWER_TOKENS <= limit:
+            answers = [_answer(reference, question), _answer(session, question)]
+    return Agreement(
+        tokens=sum(map(len, kl)),
+        kl=float(np.concatenate(kl).mean()),
+        same_top=float(np.concatenate(same).mean()),
+        same_tokens=same_tokens,
+        torch_answer=answers[0],
+        runtime_answer=answers[1],
+    )
+
+
+def _print_proof(console: Console, result: VerifyResult) -> None:
+    style = "green" if result.ok else "red"
+    # These words are what scripts look for.
+    console.print(f"bit-exact: {result.exact} of {result.quantized} tensors", style=style, highlight=False)
+    console.print(f"kept in float32: {result.kept_exact} of {result.kept} tensors equal", highlight=False)
+    for mismatch in result.mismatches[:20]:
+        console.print(f"  {mismatch}", style="red", markup=False, highlight=False)
+    if len(result.mismatches) > 20:
+        console.print(f"  and {len(result.mismatches) - 20} more", style="red")
+    if result.file_run_hash == result.run_hash:
+        console.print(f"run hash: {result.run_hash[:16]} in both", highlight=False)
+    else:
+        theirs = result.file_run_hash[:16] if result.file_run_hash else "none"
+        console.print(
+            f"run hash: {result.run_hash[:16]} in the run, {theirs} in the file: it was exported from another run",
+            style="yellow",
+            highlight=False,
+        )
+
+
+def _print_agreement(console: Console, agreement: Agreement) -> None:
+    console.print(
+        f"runtime against torch on the artifact: mean KL {agreement.kl:.2e}, same top-1 {agreement.same_top:.1%} "
+        f"({agreement.tokens} tokens)",
+        highlight=False,
+    )
+    if not agreement.same_tokens:
+        console.print("the runtime cuts text into other tokens than the tokenizer of the run", style="red")
+    if agreement.kl >= IMPOSSIBLE_KL:
+        console.print("that is not rounding: the file's metadata, or the runtime, describes another model", style="red")
+    elif agreement.kl >= EXPECTED_KL:
+        console.print(f"that is more than the {EXPECTED_KL} which rounding of activations explains", style="yellow")
+    if agreement.torch_answer or agreement.runtime_answer:
+        table = Table(title=QUESTION, show_lines=True)
+        table.add_column("torch on the artifact", ratio=1)
+        table.add_column("runtime on the file", ratio=1)
+        table.add_row(*(answer.replace("[", r"\[") for answer in (agreement.torch_answer, agreement.runtime_answer)))
+        console.print(table)
+
+
+def verify_command(
+    run: Path, file: Path, text: Path | None = None, runtime: bool = True, threads: int | None = None
+) -> int:
+    """Verify a file, print what was found, and return the exit code: 0 if everything holds, else 1.
+
+    Args:
+        run: The run folder.
+        file: The exported file.
+        text: Text to compare logits on; the built-in one if None.
+        runtime: Whether to run the file as well.
+        threads: CPU threads; the free physical cores if None.
+
+    Raises:
+        UserError: See ``verify`` and ``compare_runtime``.
+    """
+    console = Console()
+    if text is not None and not text.is_file():
+        raise UserError(f"{text} is missing: give a text file with --text")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("comparing tensors", total=None)
+        result = verify(run, file, lambda done, total: progress.update(task, completed=done, total=total))
+    _print_proof(console, result)
+    if not runtime:
+        return 0 if result.ok else 1
+    try:
+        runtimes.runtime_for(file)
+    except UserError as error:
+        console.print(f"not run: {error}", style="yellow", markup=False)
+        return 0 if result.ok else 1
+    sample = text.read_text() if text else resources.files("qad.data").joinpath("verify.txt").read_text()
+    with console.status("running the file and the artifact"):
+        agreement = compare_runtime(run, file, sample, threads)
+    _print_agreement(console, agreement)
+    return 0 if result.ok and agreement.ok else 1
