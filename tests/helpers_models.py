@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qad.architectures import SPLITTERS
@@ -100,13 +100,11 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     if kind.nfc:
         tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
-    from tokenizers.pre_tokenizers import ByteLevel
-
     trainer = trainers.BpeTrainer(
         vocab_size=600,
         min_frequency=1,
         special_tokens=list(kind.special),
-        initial_alphabet=ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([verify_text(), *VARIED_TEXTS], trainer)
@@ -171,8 +169,8 @@ MODELS: dict[str, TinyModel] = {
 }
 
 
-def make_model(case: str) -> Any:
-    """Return a case's model with random weights in float32."""
+def make_model(case: str, **changes: Any) -> Any:
+    """Return a case's model with random weights in float32; ``changes`` to its configuration."""
     tiny = MODELS[case]
     tokenizer = make_tokenizer(tiny.tokenizer)
     sizes: dict[str, Any] = {
@@ -188,7 +186,7 @@ def make_model(case: str) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(tiny.model_type, **(sizes | tiny.config)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(tiny.model_type, **(sizes | tiny.config | changes)))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -215,10 +213,10 @@ def wild(shape: tuple[int, ...], grid_name: str, generator: torch.Generator) -> 
     return QuantizedTensor(codes, scales.to(torch.float16), grid)
 
 
-def make_artifact(run: Path, case: str, *, extreme: bool = False) -> Artifact:
+def make_artifact(run: Path, case: str, *, extreme: bool = False, **changes: Any) -> Artifact:
     """Save a case's artifact under ``run``; ``extreme``: with codes and scales no sane model has."""
     tiny = MODELS[case]
-    model = make_model(case)
+    model = make_model(case, **changes)
     generator = torch.Generator().manual_seed(1)
     quantized: dict[str, QuantizedTensor] = {}
     kept: dict[str, torch.Tensor] = {}
