@@ -106,7 +106,7 @@ def quantize_by_llamacpp(source: Path, target: Path, kind: str, threads: int) ->
     settings.nthread = threads
     settings.allow_requantize = True
     settings.pure = False
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)) != 0:
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.pointer(settings)) != 0:
         raise UserError(f"llama.cpp could not quantize {source} to {kind}: {llamacpp.last_failure()}")
 
 

@@ -36,9 +36,10 @@ def add_general(writer: GGUFWriter, artifact: Artifact, parameters: int, main_gr
         parameters: Number of weights.
         main_grid: Grid of most weights, None if none is quantized.
     """
-    origin = str(artifact.config.get("_name_or_path") or "").rstrip("/")
+    origins = (artifact.config.get("_name_or_path"), artifact.recipe.get("student"), artifact.recipe.get("teacher"))
+    origin = next((str(name) for name in origins if name), artifact.folder.absolute().parent.name)
     writer.add_type("model")
-    writer.add_name(Path(origin).name or artifact.folder.parent.name or artifact.config["model_type"])
+    writer.add_name(Path(origin).name.removesuffix(".gguf"))
     writer.add_size_label(size_label(parameters, parameters, 0, 0))
     writer.add_quantization_version(2)
     writer.add_file_type(_FILE_TYPES[main_grid] if main_grid else LlamaFileType.ALL_F32)

@@ -156,7 +156,7 @@ def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None)
         with temporary.open("ab") as file:
             for stored in _data(artifact, order):
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-                file.write(memoryview(stored).cast("B"))
+                file.write(stored.data.cast("B"))
                 done += stored.nbytes
                 if on_progress is not None:
                     on_progress(min(done, total), total)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from qad import runtimes
 from qad.artifact import Artifact, open_artifact, tensor_sha256
@@ -205,43 +206,40 @@ def compare_runtime(run: Path, file: Path, text: str, threads: int | None = None
     )
 
 
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is: not folded, which would part what scripts look for, and without markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def _print_proof(console: Console, result: VerifyResult) -> None:
-    style = "green" if result.ok else "red"
-    # These words are what scripts look for.
-    console.print(f"bit-exact: {result.exact} of {result.quantized} tensors", style=style, highlight=False)
-    console.print(f"kept in float32: {result.kept_exact} of {result.kept} tensors equal", highlight=False)
+    _say(console, f"bit-exact: {result.exact} of {result.quantized} tensors", "green" if result.ok else "red")
+    _say(console, f"kept in float32: {result.kept_exact} of {result.kept} tensors equal")
     for mismatch in result.mismatches[:20]:
-        console.print(f"  {mismatch}", style="red", markup=False, highlight=False)
+        _say(console, f"  {mismatch}", "red")
     if len(result.mismatches) > 20:
-        console.print(f"  and {len(result.mismatches) - 20} more", style="red")
-    if result.file_run_hash == result.run_hash:
-        console.print(f"run hash: {result.run_hash[:16]} in both", highlight=False)
+        _say(console, f"  and {len(result.mismatches) - 20} more", "red")
+    ours, theirs = result.run_hash[:16], result.file_run_hash and result.file_run_hash[:16]
+    if theirs == ours:
+        _say(console, f"run hash: {ours} in both")
     else:
-        theirs = result.file_run_hash[:16] if result.file_run_hash else "none"
-        console.print(
-            f"run hash: {result.run_hash[:16]} in the run, {theirs} in the file: it was exported from another run",
-            style="yellow",
-            highlight=False,
-        )
+        origin = "another run" if theirs else "no run of qad"
+        _say(console, f"run hash: {ours} in the run, {theirs} in the file: it was exported from {origin}", "yellow")
 
 
 def _print_agreement(console: Console, agreement: Agreement) -> None:
-    console.print(
-        f"runtime against torch on the artifact: mean KL {agreement.kl:.2e}, same top-1 {agreement.same_top:.1%} "
-        f"({agreement.tokens} tokens)",
-        highlight=False,
-    )
+    figures = f"mean KL {agreement.kl:.2e}, same top-1 {agreement.same_top:.1%} ({agreement.tokens} tokens)"
+    _say(console, f"runtime on the file against torch on the artifact: {figures}")
     if not agreement.same_tokens:
-        console.print("the runtime cuts text into other tokens than the tokenizer of the run", style="red")
+        _say(console, "the runtime cuts text into other tokens than the tokenizer of the run", "red")
     if agreement.kl >= IMPOSSIBLE_KL:
-        console.print("that is not rounding: the file's metadata, or the runtime, describes another model", style="red")
+        _say(console, "that is not rounding: the file's metadata, or the runtime, describes another model", "red")
     elif agreement.kl >= EXPECTED_KL:
-        console.print(f"that is more than the {EXPECTED_KL} which rounding of activations explains", style="yellow")
+        _say(console, f"that is more than the {EXPECTED_KL} which rounding of activations explains", "yellow")
     if agreement.torch_answer or agreement.runtime_answer:
         table = Table(title=QUESTION, show_lines=True)
         table.add_column("torch on the artifact", ratio=1)
         table.add_column("runtime on the file", ratio=1)
-        table.add_row(*(answer.replace("[", r"\[") for answer in (agreement.torch_answer, agreement.runtime_answer)))
+        table.add_row(Text(agreement.torch_answer), Text(agreement.runtime_answer))
         console.print(table)
 
 
@@ -272,7 +270,7 @@ def verify_command(
     try:
         runtimes.runtime_for(file)
     except UserError as error:
-        console.print(f"not run: {error}", style="yellow", markup=False)
+        _say(console, f"not run: {error}", "yellow")
         return 0 if result.ok else 1
     sample = text.read_text() if text else resources.files("qad.data").joinpath("verify.txt").read_text()
     with console.status("running the file and the artifact"):

@@ -105,6 +105,7 @@ class LlamaSession:
         self._path = path
         self._context: Any = None
         self._context_tokens = 0
+        self._uses = 0
         self._model: Any = None
         quiet()
         settings = self._library.llama_model_default_params()
@@ -213,6 +214,7 @@ class LlamaSession:
                 raise UserError(f"llama.cpp cannot make a context of {size} tokens for {self._path}: {last_failure()}")
             self._context_tokens = size
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self._uses += 1
 
     def _decode(self, tokens_T: NDArray[np.int32], start: int, *, every: bool) -> NDArray[np.float32]:
         """Run tokens after those already in the context; return logits [R, V] of each one or of the last."""
@@ -266,6 +268,7 @@ class LlamaSession:
         generator = np.random.default_rng(sampling.seed)
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._prepare(len(prompt) + new_tokens)
+        use = self._uses
         began = time.perf_counter()
         logits = np.empty(0, dtype=np.float32)
         for start in range(0, len(prompt), _BATCH):
@@ -280,6 +283,8 @@ class LlamaSession:
                 break
             made += 1
             yield Piece(text.decode(self._piece(token, special=False)), token)
+            if self._uses != use:
+                raise RuntimeError("the session was used for something else before this stream ended")
             if made < new_tokens:
                 position = len(prompt) + made - 1
                 logits = self._decode(np.array([token], dtype=np.int32), position, every=False)[0]

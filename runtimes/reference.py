@@ -64,10 +64,9 @@ class TorchSession:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model: Any = model
         self._tokenizer: Any = tokenizer
-        config = model.config
-        eos = getattr(model.generation_config, "eos_token_id", None) or config.eos_token_id
-        known = eos if isinstance(eos, list) else [eos]
-        self._ends = {token for token in (*known, tokenizer.eos_token_id) if token is not None}
+        eos: Any = getattr(model.generation_config, "eos_token_id", None) or model.config.eos_token_id
+        known: list[Any] = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
+        self._ends = {int(token) for token in known if token is not None}
 
     @property
     def vocabulary(self) -> int:
