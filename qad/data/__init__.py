@@ -1,0 +1,1 @@
+"""Data: reading rows, tokenizing and packing them, and making them from a teacher."""
