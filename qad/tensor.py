@@ -17,8 +17,10 @@ from torch import Tensor
 from qad.errors import UserError
 from qad.grid import Grid, grids_that_fit
 
-# Shrink factors for the mse search: the best clip of a Gaussian block of 32 lies within them for 4 and for 8 bits.
-_MSE_SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.72, 0.68, 1.03, 1.06, 1.1, 1.15)
+# Factors of the absmax scale that the mse search tries: the best clip of a block of 32 lies among them. The negative
+# ones (signed grids only) turn the longer end of the code range to the other side.
+_MSE_FACTORS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 1.03, 1.07, 1.11, 1.15)
+_MSE_CHUNK = 1 << 20  # candidate values computed at a time: temporaries of 4 MiB stay in the cache
 
 
 @dataclass(frozen=True)
@@ -96,48 +98,48 @@ def as_blocks(weight_NK: Tensor, grid: Grid) -> Tensor:
 def absmax_scales(weight_NK: Tensor, grid: Grid) -> Tensor:
     """Return rounded scales that map each block's largest magnitude to the end of the code range.
 
-    With a signed scale the first element of largest magnitude maps to ``code_min``; else to ``code_max``.
+    With a signed scale the value of largest magnitude maps to ``code_min`` (of two that are equal but for their sign,
+    the positive one); else to ``code_max``.
 
     Returns:
         float32 scales_NG, representable in the grid.
     """
-    blocks = as_blocks(weight_NK.to(torch.float32), grid)
+    low_NG, high_NG = as_blocks(weight_NK.to(torch.float32), grid).aminmax(dim=-1)
     if grid.signed_scale:
-        index = blocks.abs().argmax(dim=-1, keepdim=True)
-        extreme_NG = blocks.gather(-1, index).squeeze(-1)
-        return round_scales(extreme_NG / grid.code_min, grid)
-    return round_scales(blocks.abs().amax(dim=-1) / grid.code_max, grid)
+        return round_scales(torch.where(high_NG >= -low_NG, high_NG, low_NG) / grid.code_min, grid)
+    return round_scales(torch.maximum(high_NG, -low_NG) / grid.code_max, grid)
 
 
 def mse_scales(weight_NK: Tensor, grid: Grid, importance_K: Tensor | None = None) -> Tensor:
     """Return rounded scales that minimize the squared rounding error of each block over a search.
 
-    Candidates are the absmax scale shrunk or stretched by fixed factors and, on a signed grid, its negative.
+    Candidates are the absmax scale times fixed factors.
 
     Args:
         weight_NK: The weight.
         grid: Its grid.
-        importance_K: Optional weight of each input feature's squared error, such as its mean squared activation.
+        importance_K: Optional weight of each input feature's squared error.
 
     Returns:
         float32 scales_NG, representable in the grid.
     """
     weight_NK = weight_NK.to(torch.float32)
-    start_NG = absmax_scales(weight_NK, grid)
-    blocks = as_blocks(weight_NK, grid)
+    rows, columns = weight_NK.shape
     importance = None if importance_K is None else importance_K.view(1, -1, grid.block)
-    best_NG = start_NG
-    best_error_NG = torch.full_like(start_NG, torch.inf)
-    for sign in (1.0, -1.0) if grid.signed_scale else (1.0,):
-        for shrink in _MSE_SHRINKS:
-            candidate_NG = round_scales(start_NG * (sign * shrink), grid)
-            error = (_round_blocks(blocks, candidate_NG, grid) * candidate_NG.unsqueeze(-1)).sub_(blocks).square_()
-            if importance is not None:
-                error.mul_(importance)
-            error_NG = error.sum(dim=-1)
-            better = error_NG < best_error_NG
-            best_NG = torch.where(better, candidate_NG, best_NG)
-            best_error_NG = torch.where(better, error_NG, best_error_NG)
+    factors_S = torch.tensor(_MSE_FACTORS, device=weight_NK.device)
+    if grid.signed_scale:
+        factors_S = torch.cat([factors_S, -factors_S])
+    best_NG = torch.empty(rows, columns // grid.block, device=weight_NK.device)
+    for start in range(0, rows, step := max(1, _MSE_CHUNK // (columns * len(factors_S)))):
+        blocks = as_blocks(weight_NK[start : start + step], grid)
+        candidates_SNG = round_scales(factors_S.view(-1, 1, 1) * absmax_scales(weight_NK[start : start + step], grid), grid)
+        scales = candidates_SNG.unsqueeze(-1)
+        error = (blocks * scales.reciprocal()).round_().clamp_(grid.code_min, grid.code_max).mul_(scales).sub_(blocks)
+        error.square_()
+        if importance is not None:
+            error.mul_(importance)
+        best = error.sum(dim=-1).argmin(dim=0, keepdim=True)
+        best_NG[start : start + step] = candidates_SNG.gather(0, best)[0]
     return best_NG
 
 

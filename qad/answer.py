@@ -1,0 +1,47 @@
+"""``qad run``: one answer, streamed from an exported file through its runtime."""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from qad import runtimes
+from qad.errors import UserError
+from qad.runtimes import Sampling
+
+
+def answer(
+    file: Path,
+    prompt: str,
+    *,
+    new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    threads: int | None,
+) -> None:
+    """Print the answer piece by piece, then how fast it came.
+
+    Raises:
+        UserError: The file is missing or damaged, its runtime is not installed, or the prompt is too long.
+    """
+    runtime = runtimes.runtime_for(file)
+    if reason := runtime.available():
+        raise UserError(f"{file} cannot be run: {reason}")
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    session = runtime.open(file, threads=threads)
+    try:
+        tokens = session.chat_prompt(prompt)
+        for piece in session.stream(tokens, new_tokens, sampling):
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            if piece.ending is not None:
+                end = piece.ending
+                Console(stderr=True).print(
+                    f"\n[dim]{end.new_tokens} tokens, {end.tokens_per_second:.1f} tokens/s "
+                    f"(prompt of {end.prompt_tokens} in {end.prompt_seconds:.2f} s), ended by {end.reason}[/]"
+                )
+    finally:
+        session.close()
+    sys.stdout.write("\n")

@@ -1,0 +1,106 @@
+"""What is seen of a run while it trains: a progress bar, and one JSON line per step in ``run.jsonl``."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+LOG_FILE = "run.jsonl"
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with steps, loss, tokens per second and the time left.
+
+    Args:
+        console: Where to draw.
+        tokens_per_step: Tokens of an optimizer step.
+    """
+
+    def __init__(self, console: Console, tokens_per_step: int) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the bar where the run stands."""
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, loss="-", rate="-")
+        self._started, self._first_step = time.monotonic(), state.global_step
+        self._progress.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the latest loss and speed."""
+        if logs and "loss" in logs:
+            done = state.global_step - self._first_step
+            rate = done * self._tokens_per_step / max(time.monotonic() - self._started, 1e-9)
+            self._progress.update(
+                self._task, completed=state.global_step, loss=f"{logs['loss']:.4f}", rate=f"{rate:,.0f}"
+            )
+        if logs and "eval_kl" in logs:
+            self._progress.console.print(
+                f"  step {state.global_step}: held-out KL {logs['eval_kl']:.4f}, "
+                f"perplexity {logs['eval_perplexity']:.3f}, same top-1 {logs['eval_same_top1']:.1%}"
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the finished bar on the screen."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop drawing; safe to call twice."""
+        self._progress.stop()
+
+
+class JsonLog(TrainerCallback):
+    """Append every log record to ``run.jsonl``. A resumed run drops the lines of steps that are done again.
+
+    Args:
+        run: The run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / LOG_FILE
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep the lines up to the step that the run continues from."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= state.global_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that a kill cut short
+        self._path.write_text("".join(kept) if state.global_step else "")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}) + "\n")

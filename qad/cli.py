@@ -1,0 +1,205 @@
+"""The command line: ``qad <verb>``. Each verb loads what it needs when it is called, so that help is instant."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+# Set before any library that reads them is imported. TRL pings its makers once per trainer; qad does not.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import typer  # noqa: E402
+
+from qad.errors import UserError  # noqa: E402
+
+app = typer.Typer(
+    name="qad",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train a quantized student on the very grid that the device stores, and export exactly those weights.",
+)
+
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, as made by `qad train`.")]
+FileArgument = Annotated[Path, typer.Argument(help="Exported file.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; by default the free physical cores.", min=1)]
+
+
+@app.command()
+def train(
+    bits: Annotated[int | None, typer.Option(help="4 or 8: the portable grid of the linear layers.  [default: 4]")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Hugging Face folder, hub id or GGUF file.  [default: the packaged SmolLM2-135M]")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="The model to quantize.  [default: the teacher]")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSONL or Parquet file of `text` or `prompt`/`completion` rows, or a hub data set id; may be repeated."
+            "  [default: worked problems, and text sampled from the teacher]"
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Recipe to start from: quick, thorough.")] = "quick",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; 0 stops after --init.", min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.", min=1)] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass.", min=1)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.", min=2)] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate, in grid steps per optimizer step (0.02: a fiftieth of a step).")
+    ] = None,
+    noise: Annotated[str | None, typer.Option(help="none, uniform, stochastic or partial.")] = None,
+    noise_until: Annotated[
+        float | None, typer.Option(help="Share of the steps after which all rounding is hard.", min=0.0, max=1.0)
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="Where training starts: rtn, mse or gptq.")] = None,
+    scales: Annotated[str | None, typer.Option(help="absmax, mse or learned.")] = None,
+    kl: Annotated[str | None, typer.Option(help="forward, reverse or jsd.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of both models in the loss.")] = None,
+    next_token_weight: Annotated[float | None, typer.Option(help="Weight of the plain next-token loss.")] = None,
+    loss_on: Annotated[str | None, typer.Option(help="all tokens, or completion tokens only.")] = None,
+    cache_top_k: Annotated[
+        int | None, typer.Option(help="Compute the teacher's K likeliest tokens once and train from these.", min=0)
+    ] = None,
+    mix_tokens: Annotated[int | None, typer.Option(help="Tokens of the default text.", min=1)] = None,
+    held_out_tokens: Annotated[int | None, typer.Option(help="Tokens set aside for evaluation.", min=1)] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; 0: at the end.", min=0)] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: none.", min=0)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Trade time for memory.")
+    ] = None,
+    tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data, noise and sampling.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o, or start it.")] = False,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/run"),
+) -> None:
+    """Train a student on its grid by KL to a teacher; leaves RUN/artifact."""
+    from rich.console import Console
+
+    from qad import recipes
+
+    resolved = recipes.get(recipe).override(
+        bits=bits,
+        teacher=teacher,
+        student=student,
+        data=tuple(data) if data else None,
+        steps=steps,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        seq_len=seq_len,
+        lr=lr,
+        noise=noise,
+        noise_until=noise_until,
+        init=init,
+        scales=scales,
+        kl=kl,
+        temperature=temperature,
+        next_token_weight=next_token_weight,
+        loss_on=loss_on,
+        cache_top_k=cache_top_k,
+        mix_tokens=mix_tokens,
+        held_out_tokens=held_out_tokens,
+        eval_every=eval_every,
+        save_every=save_every,
+        gradient_checkpointing=gradient_checkpointing,
+        tensorboard=tensorboard,
+        seed=seed,
+    )
+    from qad.distill import distill, print_outcome
+
+    console = Console()
+    outcome = distill(resolved, output, resume=resume, console=console)
+    print_outcome(outcome, console)
+    console.print(f"artifact: {output}/artifact    next: qad export {output} --format gguf -o FILE")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    format: Annotated[str, typer.Option("--format", help="Container: gguf.")] = "gguf",  # noqa: A002
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
+) -> None:
+    """Pack a run's codes and scales into a file for a runtime, without touching a value."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    import qad.export as exporters
+    from qad.artifact import open_artifact
+
+    exporter = exporters.get(format)
+    artifact = open_artifact(run)
+    exporters.check_grids(artifact, exporter)
+    target = output or run / f"student{exporter.SUFFIX}"
+    console = Console()
+    with Progress(console=console) as progress:
+        task = progress.add_task(f"writing {target}", total=None)
+        exporter.write(artifact, target, lambda done, total: progress.update(task, completed=done, total=total))
+    console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, run {artifact.run_hash[:12]}")
+
+
+@app.command()
+def verify(
+    run: RunArgument,
+    file: FileArgument,
+    text: Annotated[Path | None, typer.Option(help="Text to compare runtime and torch on.")] = None,
+    runtime: Annotated[bool, typer.Option(help="Also run the file and compare with torch.")] = True,
+    threads: ThreadsOption = None,
+) -> None:
+    """Prove that a file decodes to the trained weights, bit for bit; exit with 1 if not."""
+    from qad.verify import verify_command
+
+    raise typer.Exit(verify_command(run, file, text, runtime, threads))
+
+
+@app.command()
+def run(
+    file: FileArgument,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.", min=0.0, max=1.0)] = 0.95,
+    top_k: Annotated[int, typer.Option(help="0 is all tokens.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    threads: ThreadsOption = None,
+) -> None:
+    """Stream an answer from an exported file, with the model's chat template."""
+    from qad.answer import answer
+
+    answer(
+        file,
+        prompt,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        threads=threads,
+    )
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Hugging Face folder, hub id or GGUF file to look into.")] = None,
+) -> None:
+    """Tell what is installed, which kernels and runtimes work and why not, and what a model needs."""
+    from qad.doctor import doctor_command
+
+    raise typer.Exit(doctor_command(model))
+
+
+def main() -> None:
+    """Run the command line. A user's error is one message and status 2, an interrupt status 130."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; `qad train --resume` continues a run from its last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

