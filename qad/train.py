@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -91,7 +91,7 @@ def training_arguments(recipe: Recipe, run: Path) -> SFTConfig:
         per_device_train_batch_size=recipe.micro_batch,
         per_device_eval_batch_size=recipe.micro_batch,
         gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing=recipe.gradient_checkpointing,
         learning_rate=1.0,  # every parameter group carries its own
         lr_scheduler_type="cosine",
         warmup_steps=round(recipe.warmup * recipe.steps),
@@ -167,6 +167,7 @@ class QADTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)  # the progress bar and run.jsonl say it all
         self.teacher.to(self.args.device)
         self._held_out: list[Batch] = []
         for start in range(0, len(held_out_rows), recipe.micro_batch):
