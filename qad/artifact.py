@@ -29,6 +29,7 @@ from qad.tensor import QuantizedTensor, dequantize
 
 FOLDER = "artifact"
 _FORMAT = 1
+_KEYS = {"grids", "kept", "tied_head", "forward_sha256", "recipe", "run_hash"}
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -49,7 +50,7 @@ class Artifact:
         tied_head: Whether the output head is the embedding.
         forward_sha256: Name of each quantized tensor -> hash of the float32 weights the trainer's forward used.
         recipe: The resolved recipe of the run.
-        run_hash: Hash of everything above and of the weights.
+        run_hash: Hash of everything above, of the weights, and of the tokenizer's files.
     """
 
     folder: Path
@@ -86,8 +87,10 @@ class Artifact:
             return file.get_tensor(name)
 
 
-def _hash(description: Mapping[str, Any], weights_sha256: str) -> str:
-    text = json.dumps(description, sort_keys=True) + weights_sha256
+def _hash(description: Mapping[str, Any], folder: Path) -> str:
+    """Return the hash of a description and of every other file of an artifact."""
+    files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in folder.rglob("*") if path.is_file()}
+    text = json.dumps({"description": description, "files": files}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -122,16 +125,10 @@ def save_artifact(
         "recipe": dict(recipe),
     }
     with replacing_folder(run / FOLDER) as folder:
-        try:
-            save_file(tensors, folder / "weights.safetensors")
-        except SafetensorError as error:
-            # safetensors wraps the system's error; ENOSPC arrives as text.
-            if "No space" in str(error) or "os error 28" in str(error):
-                raise OSError(28, "No space left on device") from error
-            raise
+        save_file(tensors, folder / "weights.safetensors")
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        description["run_hash"] = _hash(description, sha256_of_file(folder / "weights.safetensors"))
+        description["run_hash"] = _hash(description, folder)
         (folder / "artifact.json").write_text(json.dumps(description, indent=1))
     return open_artifact(run)
 
@@ -154,8 +151,13 @@ def open_artifact(run: Path) -> Artifact:
             present = set(file.keys())
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the artifact in {folder} is damaged ({error}); train or copy it again") from error
+    for file_name, content in (("artifact.json", description), ("config.json", config)):
+        if not isinstance(content, dict):
+            raise UserError(f"the artifact in {folder} is damaged ({file_name} is no object); train or copy it again")
     if description.get("format") != _FORMAT:
         raise UserError(f"{folder} has artifact format {description.get('format')}; this qad reads format {_FORMAT}")
+    if missing := sorted(_KEYS - description.keys()):
+        raise UserError(f"the artifact in {folder} is damaged ({', '.join(missing)} missing); train or copy it again")
     wanted = {f"{name}.{part}" for name in description["grids"] for part in ("codes", "scales")}
     wanted |= set(description["kept"])
     if wanted - present:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qad.files import replacing_file
+
 LOG_FILE = "run.jsonl"
 
 
@@ -75,23 +77,20 @@ class JsonLog(TrainerCallback):
 
     Args:
         run: The run folder.
+        step: The optimizer step of the checkpoint that the run continues from; None for a run from the start.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, step: int | None) -> None:
         self._path = run / LOG_FILE
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the lines up to the step that the run continues from."""
-        if not self._path.exists():
-            return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text().splitlines() if step is not None and self._path.exists() else ():
             try:
-                if json.loads(line)["step"] <= state.global_step:
+                if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # a line that a kill cut short
-        self._path.write_text("".join(kept) if state.global_step else "")
+        with replacing_file(self._path) as path:
+            path.write_text("".join(kept))
 
     def on_log(
         self,

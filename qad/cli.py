@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import typer  # noqa: E402
 
 from qad.errors import UserError  # noqa: E402
+from qad.files import explain  # noqa: E402
 
 app = typer.Typer(
     name="qad",
@@ -42,7 +43,9 @@ def train(
             "  [default: worked problems, and text sampled from the teacher]"
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe to start from: quick, thorough.")] = "quick",
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe to start from: quick, thorough.  [default: quick]")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; 0 stops after --init.", min=0)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.", min=1)] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass.", min=1)] = None,
@@ -72,15 +75,22 @@ def train(
     ] = None,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data, noise and sampling.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o, or start it.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in -o with the options it has, or start it.")
+    ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/run"),
 ) -> None:
     """Train a student on its grid by KL to a teacher; leaves RUN/artifact."""
     from rich.console import Console
 
     from qad import recipes
+    from qad.recipe import RECIPE_FILE, load_recipe
 
-    resolved = recipes.get(recipe).override(
+    # A resumed run has its recipe; options given again must agree with it.
+    stored = load_recipe(output) if resume and (output / RECIPE_FILE).is_file() else None
+    base = recipes.get(recipe or "quick") if stored is None else stored
+    resolved = base.override(
+        name=recipe,
         bits=bits,
         teacher=teacher,
         student=student,
@@ -110,7 +120,11 @@ def train(
     from qad.distill import distill, print_outcome
 
     console = Console()
-    outcome = distill(resolved, output, resume=resume, console=console)
+    try:
+        outcome = distill(resolved, output, resume=resume, console=console)
+    except KeyboardInterrupt:
+        console.print(f"\ninterrupted; continue with: qad train --resume -o {output}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     print_outcome(outcome, console)
     console.print(f"artifact: {output}/artifact    next: qad export {output} --format gguf -o FILE")
 
@@ -196,9 +210,13 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; `qad train --resume` continues a run from its last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        # What is not written through qad.files: logs, the caches of libraries.
+        explained = explain(error, Path(error.filename or "a file"))
+        if explained is None:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from qad.recipe import RECIPE_FILE, Recipe, load_recipe
 from qad.student import Masters
 from qad.teacher import TeacherCache, build_cache
 from qad.tensor import dequantize
-from qad.train import CHECKPOINTS, Collator, QADTrainer, last_checkpoint
+from qad.train import CHECKPOINTS, Collator, QADTrainer, checkpoint_step, last_checkpoint
 
 RESULT_FILE = "result.json"
 
@@ -275,11 +275,24 @@ def distill(recipe: Recipe, run: Path, *, resume: bool, console: Console) -> Out
         console: Where to tell.
 
     Raises:
-        UserError: Bad input; nothing that stood in the folder is lost.
+        UserError: Bad input; nothing that stood in the folder is lost, and none is made for a run that cannot start.
     """
+    fresh = not (run / RECIPE_FILE).exists()
     if prepare_folder(recipe, run, resume):
         console.print(f"{run} is finished")
         return load_outcome(run)
+    try:
+        return _distill(recipe, run, console)
+    except UserError:
+        if fresh and [path.name for path in run.iterdir()] == [RECIPE_FILE]:
+            # Else the corrected command would find another run in its folder.
+            (run / RECIPE_FILE).unlink()
+            with contextlib.suppress(OSError):
+                run.rmdir()
+        raise
+
+
+def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
     set_seed(recipe.seed)
     teacher, student = load_pair(recipe, console)
     plan = make_plan(student, recipe.bits)
@@ -326,7 +339,7 @@ def distill(recipe: Recipe, run: Path, *, resume: bool, console: Console) -> Out
         held_out_rows=held_out_rows,
         cache=cache,
         on_best=keep_best,
-        callbacks=[bar, JsonLog(run)],
+        callbacks=[bar, JsonLog(run, None if checkpoint is None else checkpoint_step(checkpoint))],
     )
     teacher_quality = trainer.measure_teacher()
     rounded_quality = _measure_rounded(recipe, run, untrained, plan, trainer.measure_model)
@@ -337,13 +350,13 @@ def distill(recipe: Recipe, run: Path, *, resume: bool, console: Console) -> Out
         console.print(
             f"held-out KL: rounded to nearest {rounded_quality.kl:.4f}, after {init} {trainer.best[1].kl:.4f}"
         )
-    if recipe.steps:
+    if checkpoint is not None and checkpoint_step(checkpoint) >= recipe.steps:
+        trainer.restore(checkpoint)
+    elif recipe.steps:
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             bar.stop()
-        if not recipe.eval_every or recipe.steps % recipe.eval_every:
-            trainer.evaluate()
     assert trainer.best is not None
     best_step, best = trainer.best
     teacher_bytes = sum(parameter.numel() for parameter in teacher.model.parameters()) * 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -12,14 +13,33 @@ from pathlib import Path
 from qad.errors import UserError
 
 
-def _explain(error: OSError, target: Path) -> UserError | None:
-    """Return the user's error for a full or read-only disk, None for anything else."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+_NEARLY_FULL = 1 << 20  # bytes
+
+
+def explain(error: BaseException, target: Path) -> UserError | None:
+    """Return the user's error for a place that cannot be written, None for anything else.
+
+    Args:
+        error: What writing raised. torch.save and the Rust libraries wrap the system's error in their own.
+        target: What was to be written.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text
+    if not full and isinstance(error, RuntimeError) and "inline_container" in text:
+        # torch.save notices that bytes are missing, not why.
+        with contextlib.suppress(OSError):
+            full = shutil.disk_usage(target.parent).free < _NEARLY_FULL
+    if full:
         return UserError(
             f"the disk is full while writing {target}; what was there before is untouched: free some space"
         )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"no permission to write {target}: choose another output with -o")
+    if number in (errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{target} lies under something that is no folder: choose another output with -o")
+    if number == errno.ENAMETOOLONG:
+        return UserError(f"{target} is too long a name: choose another output with -o")
     return None
 
 
@@ -27,12 +47,20 @@ def _explain(error: OSError, target: Path) -> UserError | None:
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; on success flush it to disk and rename it over ``target``.
 
+    Temporary files that a killed writer of the same target left are deleted: there may be one writer at a time.
+
     Raises:
-        UserError: The disk is full or the place is not writable. The previous file is untouched.
+        UserError: The disk is full, the place is not writable, or ``target`` is a folder. The previous file is
+            untouched.
     """
     temporary: Path | None = None
     try:
+        if target.is_dir():
+            raise UserError(f"{target} is a folder: name a file with -o")
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Eight characters are what mkstemp draws: the temporary files of "a.b" are not those of "a".
+        for leftover in list(target.parent.glob(f".{glob.escape(target.name)}.????????.tmp")):
+            leftover.unlink(missing_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
@@ -43,9 +71,11 @@ def replacing_file(target: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(target)
-    except OSError as error:
-        explained = _explain(error, target)
-        raise explained or error from error
+    except Exception as error:
+        explained = explain(error, target)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -59,11 +89,14 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     ``.<name>.previous``, from where ``recover_folder`` brings it back.
 
     Raises:
-        UserError: The disk is full or the place is not writable. The previous folder is untouched.
+        UserError: The disk is full, the place is not writable, or ``target`` is a file. The previous folder is
+            untouched.
     """
     temporary: Path | None = None
     previous = target.parent / f".{target.name}.previous"
     try:
+        if target.is_file():
+            raise UserError(f"{target} is a file: name a folder with -o")
         target.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(target)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
@@ -77,9 +110,11 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             target.rename(previous)
         temporary.rename(target)
         shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        explained = _explain(error, target)
-        raise explained or error from error
+    except Exception as error:
+        explained = explain(error, target)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -93,7 +128,7 @@ def recover_folder(target: Path) -> None:
             shutil.rmtree(previous, ignore_errors=True)
         else:
             previous.rename(target)
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+    for leftover in list(target.parent.glob(f".{glob.escape(target.name)}.*.tmp")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ be the last operation of the graph, and gradients of gradients do not exist.
 Shapes: T tokens, C tokens of a chunk, D student width, E teacher width, V vocabulary, P cached entries per token.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +46,7 @@ class LossSettings:
         if self.kl not in KL_MODES:
             raise unknown_name("divergence", self.kl, list(KL_MODES))
         if not 0.0 < self.beta < 1.0:
-            raise UserError(f"beta must lie between 0 and 1, not {self.beta}: for 0 use --kl reverse, for 1 --kl forward")
+            raise UserError(f"beta must lie between 0 and 1, not {self.beta}: for 0 use --kl forward, for 1 --kl reverse")
         if self.temperature <= 0.0:
             raise UserError(f"the temperature must be positive, not {self.temperature}")
 
@@ -74,8 +75,9 @@ class LiveTeacher:
     """
 
     def __init__(self, hidden_TE: Tensor, head_VE: Tensor) -> None:
-        self._hidden_TE = hidden_TE
-        self._head_VE = head_VE
+        dtype = _product_dtype(head_VE)
+        self._hidden_TE = hidden_TE.to(dtype)
+        self._head_VE = head_VE.to(dtype)
 
     def vocabulary(self, student_vocabulary: int) -> int:
         """Vocabularies padded to different sizes share their leading entries."""
@@ -109,6 +111,20 @@ class CachedTeacher:
         return bucket_divergence(logits_CV, self._tokens_TP[start:stop], self._log_probs_TP[start:stop], settings)
 
 
+def _product_dtype(head_VD: Tensor) -> torch.dtype:
+    """Return the dtype to multiply with a head: autocast's, where it is on, else the head's own.
+
+    Chosen here, once per batch, because autocast itself would cast the whole head anew for every chunk of tokens.
+    """
+    device = head_VD.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_VD.dtype
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in float64 if it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def dense_divergence(student_CV: Tensor, teacher_CV: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
     """Return the divergence per token [C] and its gradient by the student's logits [C, V].
 
@@ -127,7 +143,7 @@ def dense_divergence(student_CV: Tensor, teacher_CV: Tensor, settings: LossSetti
         value_C = (q * ratio).sum(dim=-1)
         return value_C, ratio.sub_(value_C.unsqueeze(-1)).mul_(q)
     beta = settings.beta
-    log_m = torch.logaddexp(log_p + torch.tensor(beta).log(), log_q + torch.tensor(1 - beta).log())
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
     ratio = log_q.sub_(log_m)
     value_p = (log_p.exp() * (log_p - log_m)).sum(dim=-1)
     value_q = (q * ratio).sum(dim=-1)
@@ -168,8 +184,7 @@ def _bucket_value(log_q: Tensor, log_p: Tensor, settings: LossSettings) -> Tenso
         return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     if settings.kl == "reverse":
         return (log_q.exp() * (log_q - log_p)).sum(dim=-1)
-    beta = torch.tensor(settings.beta)
-    log_m = torch.logaddexp(log_p + beta.log(), log_q + (1 - beta).log())
+    log_m = torch.logaddexp(log_p + math.log(settings.beta), log_q + math.log(1 - settings.beta))
     value_p = (log_p.exp() * (log_p - log_m)).sum(dim=-1)
     return settings.beta * value_p + (1 - settings.beta) * (log_q.exp() * (log_q - log_m)).sum(dim=-1)
 
@@ -186,7 +201,8 @@ class _ChunkedDistillation(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, teacher: TeacherChunks, settings: LossSettings
     ) -> tuple[Tensor, Tensor, Tensor]:
         used = teacher.vocabulary(head_VD.shape[0])
-        shared_VD = head_VD[:used]
+        dtype = _product_dtype(head_VD)
+        shared_VD = head_VD[:used].to(dtype)
         kl_sum = hidden_TD.new_zeros((), dtype=torch.float64)
         nll_sum = hidden_TD.new_zeros((), dtype=torch.float64)
         need_hidden, need_head = ctx.needs_input_grad[:2]
@@ -195,8 +211,8 @@ class _ChunkedDistillation(torch.autograd.Function):
         square = settings.temperature**2
         for start in range(0, hidden_TD.shape[0], settings.chunk_tokens):
             stop = min(start + settings.chunk_tokens, hidden_TD.shape[0])
-            hidden_CD, labels_C = hidden_TD[start:stop], labels_T[start:stop]
-            logits_CV = F.linear(hidden_CD, shared_VD).float()
+            hidden_CD, labels_C = hidden_TD[start:stop].to(dtype), labels_T[start:stop]
+            logits_CV = _wide(F.linear(hidden_CD, shared_VD))
             labelled_C = labels_C != IGNORE
             targets_C = labels_C.clamp_min(0).unsqueeze(-1)
             weight = settings.next_token_weight
@@ -213,15 +229,17 @@ class _ChunkedDistillation(torch.autograd.Function):
                 grad_CV.mul_(settings.temperature)
                 if by_next is not None:
                     grad_CV.add_(by_next)
-                grad_CV = grad_CV.to(hidden_TD.dtype)
+                grad_CV = grad_CV.to(dtype)
                 if grad_hidden is not None:
-                    torch.mm(grad_CV, shared_VD, out=grad_hidden[start:stop])
-                if grad_head is not None:
+                    grad_hidden[start:stop] = grad_CV @ shared_VD
+                if grad_head is not None and grad_head.dtype == dtype:
                     grad_head[:used].addmm_(grad_CV.t(), hidden_CD)
+                elif grad_head is not None:
+                    grad_head[:used].add_(grad_CV.t() @ hidden_CD)
         ctx.grads = (grad_hidden, grad_head)
         loss = kl_sum + settings.next_token_weight * nll_sum
         ctx.mark_non_differentiable(kl_sum, nll_sum)
-        return loss.float(), kl_sum, nll_sum
+        return loss.to(torch.promote_types(hidden_TD.dtype, torch.float32)), kl_sum, nll_sum
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -179,7 +179,7 @@ def round_with_hessian(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid, settin
     for _ in range(settings.refits):
         tried = descend(weight_NK, hessian_KK, refit_scales(weight_NK, hessian_KK, best.quantized))
         tried_error = output_error(weight_NK, tried.quantized, hessian_KK)
-        if tried_error >= best_error:
+        if not tried_error < best_error:  # so written, a refit that came out as NaN ends the search as well
             break
         best, best_error = tried, tried_error
     return best

@@ -100,6 +100,8 @@ class Masters(nn.Module):
     def harden(self) -> None:
         """Fill the model's quantized parameters with the weights the device decodes."""
         for entry in self._entries:
+            if self.scale_mode == "absmax":
+                entry.scales.copy_(absmax_scales(entry.master, entry.grid))
             fake_quantize(entry.master, entry.scales, entry.grid, HARD, out=entry.forward.data)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ Shapes: B sequences, T tokens, D width, V vocabulary, P cached entries per token
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -115,6 +123,17 @@ def training_arguments(recipe: Recipe, run: Path) -> SFTConfig:
     )
 
 
+class _EvaluateLast(TrainerCallback):
+    """Has the last step evaluated whatever ``eval_every`` is, and before its checkpoint, which records the best."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Ask for an evaluation."""
+        control.should_evaluate |= state.global_step >= state.max_steps
+        return control
+
+
 class QADTrainer(SFTTrainer):
     """Trains a student's masters on their grids by divergence from a teacher.
 
@@ -130,6 +149,8 @@ class QADTrainer(SFTTrainer):
         on_best: Called whenever an evaluation is the best so far, with the student hard-rounded.
         callbacks: Further callbacks.
     """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
 
     def __init__(
         self,
@@ -165,7 +186,7 @@ class QADTrainer(SFTTrainer):
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[_EvaluateLast(), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # the progress bar and run.jsonl say it all
         self.teacher.to(self.args.device)
@@ -176,6 +197,16 @@ class QADTrainer(SFTTrainer):
             self._held_out.append({k: v.to(self.args.device) for k, v in batch.items() if isinstance(v, Tensor)})
 
     # The step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return the micro-batches of an optimizer step and how many of their tokens count, at least 1.
+
+        The parent would not count the first position: it takes labels for unshifted.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, max(1, sum(int((batch["labels"] != IGNORE).sum()) for batch in batches))
 
     def _noise(self, step: int) -> dict[str, Any]:
         """Return the noise of an optimizer step: the share of hard blocks rises until ``noise_until``."""
@@ -222,7 +253,8 @@ class QADTrainer(SFTTrainer):
         """Return AdamW over masters, learned scales and kept parameters, each with its own learning rate."""
         groups: list[dict[str, Any]] = []
         for master, scales, grid_step in self.masters.groups():
-            groups.append({"params": [master], "lr": self.recipe.lr * grid_step})
+            decay = self.recipe.weight_decay
+            groups.append({"params": [master], "lr": self.recipe.lr * grid_step, "weight_decay": decay})
             if scales.requires_grad:
                 groups.append({"params": [scales], "lr": self.recipe.scale_lr * grid_step})
         owned = {id(p) for p in self.masters.parameters()} | {id(p) for p in self.masters.forward_parameters()}
@@ -238,8 +270,8 @@ class QADTrainer(SFTTrainer):
         self.masters.harden()
         self._filled_for = None
         self.model.eval()
-        with self.compute_loss_context_manager():
-            quality = measure(self.model, self.teacher, self._held_out)
+        # In float32, as the teacher's own figures are: the noise of bfloat16 would hide what is measured.
+        quality = measure(self.model, self.teacher, self._held_out)
         if self.best is None or quality.kl < self.best[1].kl:
             self.best = (self.state.global_step, quality)
             self._on_best(self.state.global_step, quality)
@@ -287,6 +319,11 @@ class QADTrainer(SFTTrainer):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
 
+    def restore(self, checkpoint: Path) -> None:
+        """Take over the last checkpoint of a run that has no step left, which ``train`` would take one too far."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state.global_step = checkpoint_step(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore masters, scales, kept parameters and the best evaluation."""
         folder = Path(resume_from_checkpoint)
@@ -301,12 +338,17 @@ class QADTrainer(SFTTrainer):
         self._filled_for = None
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the optimizer step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def last_checkpoint(run: Path) -> Path | None:
     """Return the newest whole checkpoint of a run, and clear away what a kill left half written."""
     folder = run / CHECKPOINTS
     if not folder.is_dir():
         return None
-    for leftover in folder.glob(".checkpoint-*"):
+    for leftover in list(folder.glob(".checkpoint-*")):
         name = leftover.name[1:].split(".")[0]
         recover_folder(folder / name)
     found = get_last_checkpoint(str(folder))
