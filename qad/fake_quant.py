@@ -124,7 +124,8 @@ def fake_quantize_backward(
     grad = as_blocks(grad_NK, grid)
     grad_scales_NG = None
     if learn_scales:
-        by_scale = _noisy_codes(scaled, grid, noise).clamp_(grid.code_min, grid.code_max)
+        # Not in place: the codes of unquantized blocks are ``scaled`` itself.
+        by_scale = _noisy_codes(scaled, grid, noise).clamp(grid.code_min, grid.code_max)
         by_scale.sub_(scaled * inside)
         grad_scales_NG = by_scale.mul_(grad).sum(dim=-1)
     grad.mul_(inside)
