@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qad.model import LoadedModel, is_gguf
 
@@ -99,7 +100,7 @@ def sample_from_teacher(
     top_p: float = 0.95,
     seed: int = 0,
     wanted_tokens: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 64,
     engine: str | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Samples:
@@ -122,8 +123,8 @@ def sample_from_teacher(
         UserError: llama.cpp cannot open the file, or runs out of memory.
     """
     tokenizer = teacher.tokenizer
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = [tokenizer.encode(prompt, add_special_tokens=False) or [int(first or 0)] for prompt in prompts]
+    first = token_id(tokenizer, tokenizer.bos_token or tokenizer.eos_token)
+    ids = [tokenizer.encode(prompt, add_special_tokens=False) or [first] for prompt in prompts]
     if engine is None:
         usable = is_gguf(teacher.source) and importlib.util.find_spec("llama_cpp") is not None
         engine = "llama.cpp" if usable else "transformers"
@@ -148,7 +149,7 @@ def sample_from_teacher(
             teacher.model,
             ids,
             stop=_stop_tokens(teacher),
-            pad=int(tokenizer.pad_token_id or 0),
+            pad=token_id(tokenizer, tokenizer.pad_token),
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -167,7 +168,17 @@ def sample_from_teacher(
     return Samples(texts, tokens, note)
 
 
+def token_id(tokenizer: PreTrainedTokenizerBase, token: Any) -> int:
+    """Return the id of a special token."""
+    found = tokenizer.convert_tokens_to_ids(str(token))
+    assert isinstance(found, int), token
+    return found
+
+
 def _stop_tokens(teacher: LoadedModel) -> set[int]:
-    configured = teacher.model.generation_config.eos_token_id if teacher.model.generation_config is not None else None
-    found = {*configured} if isinstance(configured, list) else {configured}
-    return {int(token) for token in found | {teacher.tokenizer.eos_token_id} if token is not None}
+    """Return every token that ends a text: the tokenizer's, and those the model's own settings add."""
+    found = {token_id(teacher.tokenizer, teacher.tokenizer.eos_token)}
+    configured: Any = getattr(teacher.model.generation_config, "eos_token_id", None)
+    if configured is not None:
+        found.update(configured if isinstance(configured, list) else [configured])
+    return found

@@ -78,9 +78,8 @@ def check_row(record: Any, where: str) -> Row:
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
     try:
-        with opened as lines:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             if path.suffix == ".json" and (start := lines.read(1024).lstrip()[:1]) != "":
                 lines.seek(0)
                 if start == "[":
