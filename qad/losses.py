@@ -222,7 +222,7 @@ class _ChunkedDistillation(torch.autograd.Function):
             if weight and (need_hidden or need_head):
                 by_next = logits_CV.softmax(dim=-1)
                 by_next.scatter_add_(-1, targets_C, torch.full_like(targets_C, -1, dtype=by_next.dtype))
-                by_next.mul_(weight * labelled_C.unsqueeze(-1))
+                by_next.mul_(labelled_C.unsqueeze(-1)).mul_(weight)
             value_C, grad_CV = teacher.divergence(logits_CV.div_(settings.temperature), start, stop, settings)
             kl_sum += value_C.sum(dtype=torch.float64) * square
             if need_hidden or need_head:
