@@ -188,4 +188,5 @@ def round_with_hessian(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid, settin
 def round_without_hessian(weight_NK: Tensor, grid: Grid, method: str, name: str) -> Rounded:
     """Round to nearest, with absmax (``rtn``) or searched (``mse``) scales."""
     scales = mse_scales(weight_NK, grid) if method == "mse" else None
-    return Rounded(quantize(weight_NK, grid, scales, name), weight_NK)
+    # A copy, because callers overwrite the weight with its rounded self.
+    return Rounded(quantize(weight_NK, grid, scales, name), weight_NK.clone())
