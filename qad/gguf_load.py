@@ -5,7 +5,7 @@ loader parses the file three times (25 s for SmolLM2 against 3 s here), leaves a
 saving, and knows fewer pre-tokenizers: without the digit splitting of ``smollm`` it tokenizes every number differently
 from llama.cpp. What is given up: sentencepiece vocabularies still go through transformers' converter.
 
-Sources: ggml's ``gguf.md`` for the keys; llama.cpp's ``llama-vocab.cpp`` for what each pre-tokenizer name splits on.
+Source: ggml's ``gguf.md`` for the keys.
 """
 
 import mmap
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -29,6 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from qad.architectures import ARCHITECTURES, SPLITTERS
 from qad.errors import UserError
 from qad.gguf_check import GGUFHeader, GGUFTensor
 
@@ -50,18 +51,8 @@ _LAYER = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
-# How each pre-tokenizer cuts text before byte pairs are merged: by single digits and then as GPT-2 does, or by a
-# pattern of its own.
-_GPT2_LIKE = {"smollm": True, "gpt-2": False, "gpt2": False}
-_LETTERS_AND_MARKS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
-_PATTERNS = {
-    "llama-bpe": _LETTERS_AND_MARKS.format(digits=r"\p{N}{1,3}"),
-    "qwen2": _LETTERS_AND_MARKS.format(digits=r"\p{N}"),
-}
-_PATTERNS |= {"llama3": _PATTERNS["llama-bpe"], "deepseek-r1-qwen": _PATTERNS["qwen2"]}
+# Names under which files carry a splitter that the table knows under another.
+_ALIASES = {"llama3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "gpt2": "gpt-2"}
 _CONTROL, _USER_DEFINED = 3, 4
 
 
@@ -111,7 +102,7 @@ def read_config(header: GGUFHeader) -> PretrainedConfig:
         options["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     if architecture == "llama":
         options["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
-    options["architectures"] = [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[architecture] + "ForCausalLM"]
+    options["architectures"] = [ARCHITECTURES[architecture].hf_class]
     return CONFIGS[architecture](**options)
 
 
@@ -192,7 +183,7 @@ def read_weights(path: Path, header: GGUFHeader, config: PretrainedConfig) -> di
                 continue
             weight = _read_tensor(data, tensor)
             part = name.split(".")[-2]
-            if config.model_type == "llama" and part in heads:
+            if ARCHITECTURES[config.model_type].permutes_qk and part in heads:
                 pairs = weight.view(heads[part], weight.shape[0] // heads[part] // 2, 2, *weight.shape[1:])
                 weight = pairs.swapaxes(1, 2).reshape(weight.shape).contiguous()
             state[target] = weight
@@ -201,23 +192,12 @@ def read_weights(path: Path, header: GGUFHeader, config: PretrainedConfig) -> di
     return state
 
 
-def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
-    if kind in _GPT2_LIKE:
-        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        steps = [pre_tokenizers.Digits(individual_digits=True), split] if _GPT2_LIKE[kind] else [split]
-    else:
-        steps = [
-            pre_tokenizers.Split(Regex(_PATTERNS[kind]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    return pre_tokenizers.Sequence(steps)
-
-
 def _byte_pair_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
-    kind = metadata.get("tokenizer.ggml.pre", "missing")
-    if kind not in _GPT2_LIKE and kind not in _PATTERNS:
+    kind = str(metadata.get("tokenizer.ggml.pre", "missing"))
+    splitter = SPLITTERS.get(_ALIASES.get(kind, kind))
+    if splitter is None:
         raise UserError(
-            f"{path} has the pre-tokenizer {kind!r}; known are {', '.join(sorted([*_GPT2_LIKE, *_PATTERNS]))}. Load "
+            f"{path} has the pre-tokenizer {kind!r}; known are {', '.join(sorted({*SPLITTERS, *_ALIASES}))}. Load "
             "the model from its Hugging Face folder or id instead"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -226,13 +206,12 @@ def _byte_pair_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
         models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=merges,
-            # Llama 3's vocabulary has whole words that its merges do not reach.
-            ignore_merges=kind in ("llama-bpe", "llama3"),
+            ignore_merges=splitter.ignore_merges,
         )
     )
-    if kind in ("qwen2", "deepseek-r1-qwen"):
+    if splitter.name == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _pre_tokenizer(kind)
+    tokenizer.pre_tokenizer = splitter.build()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     types = metadata.get("tokenizer.ggml.token_type", [])

@@ -133,6 +133,11 @@ def sample_from_teacher(
     if engine == "llama.cpp":
         from qad.data.llama_sampling import Sampling, sample_gguf
 
+        workers = torch.get_num_threads()
+        if wanted_tokens is not None:
+            # A batch that takes the wanted tokens with its first prompts would cut every answer short.
+            length = new_tokens + sum(map(len, ids)) // len(ids)
+            batch_size = max(4, min(batch_size, wanted_tokens // (2 * workers * length)))
         drawn, how = sample_gguf(
             Path(teacher.source),
             ids,
@@ -140,7 +145,7 @@ def sample_from_teacher(
             new_tokens=new_tokens,
             wanted_tokens=wanted_tokens,
             batch_size=batch_size,
-            workers=torch.get_num_threads(),
+            workers=workers,
             on_tokens=counter.add,
         )
     else:

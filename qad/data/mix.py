@@ -23,7 +23,7 @@ from qad.errors import UserError
 from qad.files import replacing_file
 from qad.model import LoadedModel, model_fingerprint
 
-SHARES = {"chains": 0.2, "instructions": 0.4, "texts": 0.4}
+CHAIN_SHARE = 0.2
 NEW_TOKENS = 256
 TEMPERATURE = 0.9
 TOP_P = 0.95
@@ -110,18 +110,19 @@ def default_mix(
         text = row["text"] if row["text"] is not None else row["prompt"][0]["content"] + row["completion"][0]["content"]
         return len(tokenizer.encode(text))
 
-    wanted = {name: round(tokens * share) for name, share in SHARES.items()}
-    rows = _chains(wanted["chains"], count, seed)
-    # Few answers are this short, so the prompts do not run out before the wanted tokens are drawn.
-    questions = instruction_prompts(max(16, wanted["instructions"] // 60), seed)
-    openings = text_openings(max(16, wanted["texts"] // 60), seed)
+    chain_tokens = round(tokens * CHAIN_SHARE)
+    rows = _chains(chain_tokens, count, seed)
+    # A question and a document take more than 60 tokens, so the prompts do not run out before the tokens are drawn.
+    pairs = max(16, tokens // 120)
+    questions, openings = instruction_prompts(pairs, seed), text_openings(pairs, seed)
     file = None if cache is None else _cache_file(cache, teacher, seed, tokens, questions + openings)
     if file is not None and file.is_file():
         with file.open(encoding="utf-8") as lines:
             sampled = [json.loads(line) for line in lines]
         notes = [f"reused {len(sampled)} rows sampled from this teacher before ({file})"]
     else:
-        sampled, notes = _sample(teacher, questions, openings, wanted, seed, on_progress)
+        sampled, note = _sample(teacher, questions, openings, tokens - chain_tokens, seed, on_progress)
+        notes = [note]
         if file is not None:
             with replacing_file(file) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in sampled), encoding="utf-8")
@@ -136,18 +137,11 @@ def _sample(
     teacher: LoadedModel,
     questions: list[str],
     openings: list[str],
-    wanted: dict[str, int],
+    wanted: int,
     seed: int,
     on_progress: Callable[[int, int], None] | None,
-) -> tuple[list[Row], list[str]]:
-    """Return the rows that the teacher makes of questions and openings, and notes."""
-    expected = wanted["instructions"] + wanted["texts"]
-    drawn = 0
-
-    def report(tokens: int) -> None:
-        if on_progress is not None:
-            on_progress(drawn + tokens, expected)
-
+) -> tuple[list[Row], str]:
+    """Return the rows that the teacher makes of questions and openings, and a note."""
     asked = [
         str(
             teacher.tokenizer.apply_chat_template(
@@ -156,18 +150,25 @@ def _sample(
         )
         for question in questions
     ]
-    options = {"new_tokens": NEW_TOKENS, "temperature": TEMPERATURE, "top_p": TOP_P, "on_progress": report}
-    answers = sample_from_teacher(teacher, asked, seed=seed, wanted_tokens=wanted["instructions"], **options)
-    drawn = answers.tokens
-    documents = sample_from_teacher(teacher, openings, seed=seed + 1, wanted_tokens=wanted["texts"], **options)
-    rows = [
-        chat_row(question, answer)
-        for question, answer in zip(questions, answers.texts, strict=True)
-        if answer is not None and len(answer) >= _SHORTEST
-    ]
-    rows += [
-        text_row(opening + text)
-        for opening, text in zip(openings, documents.texts, strict=True)
-        if text is not None and len(opening + text) >= _SHORTEST
-    ]
-    return rows, [answers.note, documents.note]
+    # In turn, because both kinds take about as many tokens each, and in one call, because a batch pays off when it is
+    # full for long.
+    prompts = [prompt for pair in zip(asked, openings, strict=True) for prompt in pair]
+    samples = sample_from_teacher(
+        teacher,
+        prompts,
+        new_tokens=NEW_TOKENS,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        seed=seed,
+        wanted_tokens=wanted,
+        on_progress=None if on_progress is None else lambda tokens: on_progress(tokens, wanted),
+    )
+    rows: list[Row] = []
+    for number, answer in enumerate(samples.texts):
+        if answer is None:
+            continue
+        if number % 2 == 0 and len(answer) >= _SHORTEST:
+            rows.append(chat_row(questions[number // 2], answer))
+        elif number % 2 and len(document := openings[number // 2] + answer) >= _SHORTEST:
+            rows.append(text_row(document))
+    return rows, samples.note
