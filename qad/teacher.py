@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ class TeacherCache:
             index = json.loads((folder / _INDEX).read_text())
             self.top_k: int = index["top_k"]
             self.key: str = index["key"]
-            self._samples: dict[str, list[int]] = index["samples"]
+            self._samples: dict[str, list[int]] = dict(index["samples"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} is no readable teacher cache ({error}); delete it to build it anew") from error
         self._shards: dict[int, Any] = {}
@@ -53,6 +53,13 @@ class TeacherCache:
     def __contains__(self, sample_id: str) -> bool:
         """Return whether a sample is cached."""
         return sample_id in self._samples
+
+    def _open(self, shard: int) -> Any:
+        path = self._folder / f"shard-{shard:05d}.safetensors"
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is missing or damaged ({error}); delete the folder to build it anew") from error
 
     def lookup(self, sample_ids: list[str], counted_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens [C, P] (int64) and log-probabilities [C, P] (float32) at the counted positions.
@@ -62,7 +69,7 @@ class TeacherCache:
             counted_BT: Which positions count.
 
         Raises:
-            UserError: A sample is not in the cache, or has another length there.
+            UserError: A sample is not in the cache or has another length there, or its shard is damaged.
         """
         tokens, log_probs = [], []
         for sample_id, counted_T in zip(sample_ids, counted_BT, strict=True):
@@ -74,7 +81,7 @@ class TeacherCache:
                 raise UserError(f"sample {sample_id} in {self._folder} is shorter than the data's; delete the folder")
             file = self._shards.get(shard)
             if file is None:
-                file = self._shards[shard] = safe_open(self._folder / f"shard-{shard:05d}.safetensors", framework="pt")
+                file = self._shards[shard] = self._open(shard)
             tokens.append(file.get_slice("tokens")[start : start + length][positions])
             log_probs.append(file.get_slice("log_probs")[start : start + length][positions])
         device = counted_BT.device
