@@ -76,12 +76,6 @@ def read_config(header: GGUFHeader) -> PretrainedConfig:
         return found
 
     hidden, heads = value("embedding_length"), value("attention.head_count")
-    scaling = header.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling not in ("none", ""):
-        raise UserError(
-            f"the GGUF file scales its rotary embeddings ({scaling}), which is not read from GGUF: load the model from "
-            "its Hugging Face folder or id instead"
-        )
     options: dict[str, Any] = {
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
@@ -92,7 +86,7 @@ def read_config(header: GGUFHeader) -> PretrainedConfig:
         "head_dim": value("attention.key_length", hidden // heads),
         "rms_norm_eps": _short(value("attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": value("context_length"),
-        "rope_parameters": {"rope_theta": _short(value("rope.freq_base", 10000.0)), "rope_type": "default"},
+        "rope_parameters": _read_rope(header, architecture),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "dtype": "float32",
     }
@@ -106,31 +100,65 @@ def read_config(header: GGUFHeader) -> PretrainedConfig:
     return CONFIGS[architecture](**options)
 
 
+def _read_rope(header: GGUFHeader, architecture: str) -> dict[str, Any]:
+    """Return the rotary settings that the key values tell.
+
+    Raises:
+        UserError: A scaling of another kind.
+    """
+    found = {key.rpartition("rope.")[2]: value for key, value in header.metadata.items() if ".rope." in key}
+    # llama.cpp takes 10000 where the base is missing.
+    rope: dict[str, Any] = {"rope_theta": _short(found.get("freq_base", 10000.0))}
+    kind = found.get("scaling.type") or "none"
+    rope["rope_type"] = "default" if kind == "none" else kind
+    if kind in ("linear", "yarn"):
+        rope["factor"] = _short(found["scaling.factor"])
+    elif kind != "none":
+        raise _unknown_rope(kind)
+    if kind == "yarn":
+        context = header.metadata[f"{architecture}.context_length"]
+        rope["original_max_position_embeddings"] = found.get("scaling.original_context_length", context)
+        for name in ("beta_fast", "beta_slow"):
+            if f"scaling.yarn_{name}" in found:
+                rope[name] = _short(found[f"scaling.yarn_{name}"])
+    return rope
+
+
+def _unknown_rope(kind: str) -> UserError:
+    return UserError(
+        f"the GGUF file scales its rotary embeddings in a way that is not read from GGUF ({kind}): load the model from "
+        "its Hugging Face folder or id instead"
+    )
+
+
 def _apply_rope_factors(config: PretrainedConfig, factors: Tensor) -> None:
-    """Write Llama 3.1's frequency factors, which GGUF stores as a tensor, back as the rule that made them.
+    """Write Llama 3's frequency factors, which GGUF stores as a tensor, back as the rule that made them.
+
+    With t turns of a frequency in the original context, a frequency is kept for t > 4, divided by the full factor for
+    t < 1, and blended between; so each blended factor tells the original context.
 
     Raises:
         UserError: The factors follow another rule.
     """
     theta = config.rope_parameters["rope_theta"]
-    low, high, original = 1.0, 4.0, 8192
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    wavelengths = 2 * torch.pi * theta**exponents
+    low, high = 1.0, 4.0
+    factors = factors.double()
     factor = float(factors.max())
-    smooth = (original / wavelengths - low) / (high - low)
-    middle = 1 / ((1 - smooth) / factor + smooth)
-    expected = torch.where(
-        wavelengths < original / high, 1.0, torch.where(wavelengths > original / low, factor, middle)
-    )
-    if not torch.allclose(expected.float(), factors, rtol=1e-3):
-        raise UserError(
-            "the GGUF file scales its rotary embeddings by factors of an unknown rule: load the model from its "
-            "Hugging Face folder or id instead"
-        )
+    frequencies = theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    kept = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    blended = (kept > 0) & (kept < 1)
+    if factors.shape != frequencies.shape or not bool(blended.any()):
+        raise _unknown_rope("frequency factors without a rule")
+    originals = (low + kept * (high - low)) * 2 * torch.pi / frequencies
+    original = round(float(originals[blended].median()))
+    turns = original * frequencies / (2 * torch.pi)
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    if not torch.allclose(1 / (share + (1 - share) / factor), factors, rtol=1e-3):
+        raise _unknown_rope("frequency factors of another rule")
     config.rope_parameters = {
         "rope_theta": theta,
         "rope_type": "llama3",
-        "factor": factor,
+        "factor": _short(factor),
         "low_freq_factor": low,
         "high_freq_factor": high,
         "original_max_position_embeddings": original,

@@ -29,6 +29,7 @@ TEMPERATURE = 0.9
 TOP_P = 0.95
 # A sampled answer shorter than this (in characters) says nothing.
 _SHORTEST = 20
+_FORM = " Give the result as your final answer. Do not include units."
 _FORMATS = (
     "Question: {question}\nAnswer: {worked}",
     "{question}\n\n{worked}",
@@ -62,13 +63,16 @@ def _chains(wanted: int, count: Callable[[Row], int], seed: int) -> list[Row]:
         item = problems[number]
         question, answer = " ".join(item["question"].split()), str(item["answer"])
         worked = str(item["metadata"]["answer_cot"]).split("####")[0].strip()
+        if number % 3 == 2:
+            # This request about the form belongs into a chat; a page of worked problems would not carry it.
+            question = question.removesuffix(_FORM)
         if number % 3 == 0:
             steps = "\n\n".join(line for line in worked.splitlines() if line.strip())
             row = chat_row(question, f"<think>\n{steps}\n</think>\n\\boxed{{{answer}}}")
         elif number % 3 == 1:
             row = chat_row(question, f"{worked}\nThe answer is {answer}.")
         else:
-            row = text_row(draw.choice(_FORMATS).format(question=question, worked=f"{worked} The answer is {answer}."))
+            row = text_row(draw.choice(_FORMATS).format(question=question, worked=f"{worked}\nThe answer is {answer}."))
         rows.append(row)
         tokens += count(row)
         if tokens >= wanted:
