@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -149,10 +149,10 @@ def _from_state(
     """
     try:
         loaded: Any = ARCHITECTURES[config.model_type].from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except RuntimeError as error:
-        raise UserError(f"{source}: the weights do not fit the configuration ({_first_line(error)})") from error
+        raise UserError(f"{source}: the weights do not fit the configuration ({_one_line(error)})") from error
     model, info = loaded
     _check_complete(info, source)
     return model.eval()
@@ -168,8 +168,8 @@ def _check_complete(info: dict[str, Any], source: str) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def read_hf_config(source: str, local_only: bool = False) -> PretrainedConfig:
@@ -194,7 +194,7 @@ def read_hf_config(source: str, local_only: bool = False) -> PretrainedConfig:
         raise UserError(f"{source} is not a model folder: give a Hugging Face folder, a hub id or a .gguf file")
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_only)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise _unreadable(source, error) from error
     check_architecture(config.model_type, source)
     quantization = getattr(config, "quantization_config", None)
@@ -206,10 +206,10 @@ def read_hf_config(source: str, local_only: bool = False) -> PretrainedConfig:
 
 def _unreadable(source: str, error: BaseException) -> UserError:
     if Path(source).is_dir():
-        return UserError(f"{source} cannot be read as a model folder ({_first_line(error)}): copy it again")
+        return UserError(f"{source} cannot be read as a model folder ({_one_line(error)}): copy it again")
     return UserError(
         f"{source!r} is neither a file nor a folder here, and the Hugging Face hub did not give it "
-        f"({_first_line(error)}): check the spelling and the network, set HF_TOKEN for a gated model, or give a local "
+        f"({_one_line(error)}): check the spelling and the network, set HF_TOKEN for a gated model, or give a local "
         f"folder, a .gguf file or '{DEFAULT_SOURCE}'"
     )
 
@@ -245,7 +245,7 @@ def _check_safetensors(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{file} is truncated or damaged ({_first_line(error)}): copy or download it again"
+                f"{file} is truncated or damaged ({_one_line(error)}): copy or download it again"
             ) from error
 
 
@@ -265,7 +265,7 @@ def load_tokenizer(source: str, local_only: bool = False) -> PreTrainedTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the tokenizer of {source} cannot be read ({_first_line(error)}): copy it again") from error
+        raise UserError(f"the tokenizer of {source} cannot be read ({_one_line(error)}): copy it again") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -280,7 +280,12 @@ def _load_hf(source: str, dtype: torch.dtype) -> LoadedModel:
         _check_safetensors(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, local_files_only=local_only
+            source,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named by _check_complete
+            local_files_only=local_only,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(source, error) from error
