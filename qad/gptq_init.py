@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, D model width, N output features, K input feature
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class CalibrationSettings:
     """
 
     rounding: RoundingSettings = field(default_factory=lambda: RoundingSettings(refits=3))
-    propagation: float = 0.5
+    propagation: float = 0.4
 
 
 Progress = Callable[[int, int], None]
@@ -112,11 +112,18 @@ def _first_layer_inputs(model: nn.Module, layer: nn.Module, batch_BT: Tensor) ->
 
 
 @contextmanager
-def _recording(modules: dict[str, nn.Module], inputs: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Record the inputs of modules, flattened to [tokens, K]; modules that share an input share the record."""
+def _recording(
+    modules: dict[str, nn.Module], inputs: dict[str, list[Tensor]], *, stop: bool = False
+) -> Iterator[None]:
+    """Record the inputs of modules, flattened to [tokens, K]; with ``stop``, raise ``_Captured`` once one is had."""
 
     def record(name: str) -> Callable[..., None]:
-        return lambda _module, args: inputs[name].append(args[0].reshape(-1, args[0].shape[-1]))
+        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name].append(args[0].reshape(-1, args[0].shape[-1]))
+            if stop:
+                raise _Captured
+
+        return keep
 
     handles = [module.register_forward_pre_hook(record(name)) for name, module in modules.items()]
     try:
@@ -139,7 +146,10 @@ def _walk(
     arguments = [kwargs for _, kwargs in batches]
 
     def run(layer: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
-        outputs = [layer(part, **kwargs) for part, kwargs in zip(hidden, arguments, strict=True)]
+        outputs = []
+        for part, kwargs in zip(hidden, arguments, strict=True):
+            with suppress(_Captured):
+                outputs.append(layer(part, **kwargs))
         return [out[0] if isinstance(out, tuple) else out for out in outputs]
 
     for index, layer in enumerate(layers):
@@ -153,7 +163,7 @@ def _walk(
             exact = run(layer, exact)
         for stage in _stages(linears):
             actual_inputs: dict[str, list[Tensor]] = {name: [] for name in stage[:1]}
-            with _recording({stage[0]: linears[stage[0]]}, actual_inputs):
+            with _recording({stage[0]: linears[stage[0]]}, actual_inputs, stop=True):
                 run(layer, actual)
             x_TK = torch.cat(actual_inputs.pop(stage[0]))
             drift_TK = torch.cat(exact_inputs[stage[0]]).sub_(x_TK)
