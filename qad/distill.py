@@ -177,6 +177,10 @@ def load_pair(recipe: Recipe, console: Console) -> tuple[LoadedModel, PreTrained
             console.print(f"student: {note}")
         check_same_tokenizer(teacher.tokenizer, loaded.tokenizer)
         student = loaded.model
+    for model in (teacher.model, student):
+        context = model.config.max_position_embeddings
+        if recipe.seq_len > context:
+            raise UserError(f"seq_len {recipe.seq_len} exceeds the {context} tokens that the model reads; use --seq-len")
     teacher.model.requires_grad_(False)
     return teacher, student
 

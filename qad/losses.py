@@ -46,9 +46,11 @@ class LossSettings:
         if self.kl not in KL_MODES:
             raise unknown_name("divergence", self.kl, list(KL_MODES))
         if not 0.0 < self.beta < 1.0:
-            raise UserError(f"beta must lie between 0 and 1, not {self.beta}: for 0 use --kl forward, for 1 --kl reverse")
-        if self.temperature <= 0.0:
-            raise UserError(f"the temperature must be positive, not {self.temperature}")
+            raise UserError(
+                f"beta must lie between 0 and 1, not {self.beta}: for 0 use --kl forward, for 1 --kl reverse"
+            )
+        if not 0.0 < self.temperature < math.inf:
+            raise UserError(f"the temperature must be a positive number, not {self.temperature}")
 
 
 class TeacherChunks(Protocol):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,15 @@ class Recipe:
         for option in ("batch_size", "micro_batch", "seq_len", "mix_tokens", "calibration_tokens", "held_out_tokens"):
             if getattr(self, option) < 1:
                 raise UserError(f"{option} must be at least 1, not {getattr(self, option)}")
-        for option in ("steps", "lr", "scale_lr", "kept_lr", "eval_every", "save_every", "cache_top_k"):
-            if getattr(self, option) < 0:
-                raise UserError(f"{option} must not be negative, but is {getattr(self, option)}")
+        rates = ("lr", "scale_lr", "kept_lr", "weight_decay", "next_token_weight")
+        for option in ("steps", "eval_every", "save_every", "cache_top_k", *rates):
+            if not 0 <= getattr(self, option) < math.inf:  # so written, NaN is refused too
+                raise UserError(f"{option} must be a number from 0 on, not {getattr(self, option)}")
+        for option in ("warmup", "noise_until"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise UserError(f"{option} is a share of the steps, from 0 to 1, not {getattr(self, option)}")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"the seed must lie between 0 and {(1 << 32) - 1}, not {self.seed}")
         if self.seq_len < 2:
             raise UserError("seq_len must be at least 2: a sequence of one token predicts nothing")
         if self.batch_size % self.micro_batch:
@@ -160,5 +167,7 @@ def load_recipe(run: Path) -> Recipe:
         if unknown := set(values) - known:
             raise UserError(f"{path} names options this version does not know: {', '.join(sorted(unknown))}")
         return Recipe(**values | {"data": tuple(values.get("data", ()))})
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (OSError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a recipe ({error}); start the run anew with another -o") from error

@@ -327,7 +327,8 @@ def test_divergences_of_extreme_logits_are_finite() -> None:
         ({"kl": "backward"}, "unknown divergence 'backward'; known: forward, jsd, reverse"),
         ({"beta": 0.0}, "for 0 use --kl forward"),
         ({"beta": 1.0}, "for 1 --kl reverse"),
-        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": 0.0}, "temperature must be a positive number"),
+        ({"temperature": float("nan")}, "temperature must be a positive number"),
     ],
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:

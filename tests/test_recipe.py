@@ -1,0 +1,116 @@
+"""Recipes: a name, some overrides, JSON in and out, and an error for every value that cannot be."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qad import recipes
+from qad.errors import UserError
+from qad.grid import grid_for_bits
+from qad.recipe import RECIPE_FILE, Recipe, load_recipe
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_survives_its_json(name: str, tmp_path: Path) -> None:
+    recipe = recipes.get(name)
+    assert recipe.name == name
+    assert recipe.steps > 0
+    grid_for_bits(recipe.bits)
+    recipe.save(tmp_path)
+    assert load_recipe(tmp_path) == recipe
+    assert json.loads((tmp_path / RECIPE_FILE).read_text()) == recipe.to_dict()
+
+
+def test_every_field_survives_its_json(tmp_path: Path) -> None:
+    recipe = Recipe(
+        data=("a.jsonl", "b.parquet"),
+        steps=7,
+        lr=0.1,
+        kl="jsd",
+        jsd_beta=0.25,
+        noise="uniform",
+        tensorboard=True,
+        seed=9,
+    )
+    recipe.save(tmp_path)
+    assert load_recipe(tmp_path) == recipe
+    assert isinstance(load_recipe(tmp_path).data, tuple)
+
+
+def test_the_folder_is_the_registry() -> None:
+    assert {"quick", "thorough"} <= set(recipes.names())
+    with pytest.raises(UserError, match=f"unknown recipe 'slow'; known: {', '.join(recipes.names())}"):
+        recipes.get("slow")
+
+
+def test_overrides() -> None:
+    recipe = Recipe(batch_size=8, micro_batch=4)
+    assert recipe.override() == recipe
+    assert recipe.override(steps=None, lr=None) == recipe
+    assert recipe.override(steps=0, lr=0.5) == dataclasses.replace(recipe, steps=0, lr=0.5)
+    assert recipe.override(gradient_checkpointing=True).gradient_checkpointing
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(8, 4), (6, 3), (7, 1), (2, 2), (1, 1), (12, 4)])
+def test_a_new_batch_size_brings_a_micro_batch_that_divides_it(batch: int, micro: int) -> None:
+    recipe = Recipe(batch_size=8, micro_batch=4).override(batch_size=batch)
+    assert (recipe.batch_size, recipe.micro_batch) == (batch, micro)
+
+
+def test_the_student_is_the_teacher_unless_named() -> None:
+    assert Recipe(teacher="t").student_source == "t"
+    assert Recipe(teacher="t", student="s").student_source == "s"
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 5}, "no portable 5-bit grid; --bits takes 4 or 8"),
+        ({"init": "awq"}, "unknown init mode 'awq'; known: gptq, mse, rtn"),
+        ({"scales": "max"}, "unknown scale mode 'max'; known: absmax, learned, mse"),
+        ({"noise": "pink"}, "unknown noise mode 'pink'; known: none, partial, stochastic, uniform"),
+        ({"kl": "both"}, "unknown divergence 'both'; known: forward, jsd, reverse"),
+        ({"loss_on": "prompt"}, "unknown choice for --loss-on 'prompt'; known: all, completion"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"micro_batch": 3}, "micro_batch 3 does not divide batch_size 4"),
+        ({"seq_len": 1}, "seq_len must be at least 2"),
+        ({"steps": -1}, "steps must be a number from 0 on"),
+        ({"lr": -0.1}, "lr must be a number from 0 on"),
+        ({"lr": NAN}, "lr must be a number from 0 on, not nan"),
+        ({"lr": INF}, "lr must be a number from 0 on, not inf"),
+        ({"next_token_weight": -1.0}, "next_token_weight must be a number from 0 on"),
+        ({"noise_until": 1.5}, "noise_until is a share of the steps"),
+        ({"warmup": NAN}, "warmup is a share of the steps"),
+        ({"temperature": 0.0}, "temperature must be a positive number"),
+        ({"jsd_beta": 1.0}, "beta must lie between 0 and 1"),
+        ({"seed": -1}, "seed must lie between 0 and 4294967295, not -1"),
+        ({"seed": 1 << 32}, "seed must lie between"),
+    ],
+)
+def test_values_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Recipe(**changes)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b'{"steps": "many"}', b"\xff\xfe"])
+def test_a_damaged_recipe_is_an_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / RECIPE_FILE).write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as a recipe.*-o"):
+        load_recipe(tmp_path)
+
+
+def test_a_missing_recipe_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read as a recipe"):
+        load_recipe(tmp_path)
+
+
+def test_a_recipe_of_a_newer_version_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / RECIPE_FILE).write_text(json.dumps(Recipe().to_dict() | {"sparkle": 1}))
+    with pytest.raises(UserError, match="names options this version does not know: sparkle"):
+        load_recipe(tmp_path)
