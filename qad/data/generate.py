@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qad.model import LoadedModel, is_gguf
+
+# Tokens beyond the most probable 200 rarely enter a nucleus at all, and looking for it in so few is many times faster.
+TOP_K = 200
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,23 @@ class Samples:
     texts: list[str | None]
     tokens: int
     note: str
+
+
+class _Nucleus(LogitsProcessor):
+    """Temperature and top-p among the most probable tokens; transformers' own sorts the vocabulary at every step."""
+
+    def __init__(self, temperature: float, top_p: float) -> None:
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> Any:
+        """Return logits [B, V] with all but the nucleus at minus infinity."""
+        best_BK, index_BK = scores.topk(min(TOP_K, scores.shape[-1]))
+        chances_BK = (best_BK / self.temperature).softmax(-1)
+        # A token stays if the likelier ones do not yet reach top_p: the first always does.
+        outside_BK = chances_BK.cumsum(-1) - chances_BK >= self.top_p
+        best_BK = (best_BK / self.temperature).masked_fill(outside_BK, -torch.inf)
+        kept = torch.full_like(scores, -torch.inf).scatter_(-1, index_BK, best_BK)
+        return kept
 
 
 class _Counter:
@@ -61,7 +87,7 @@ def _sample_torch(
 ) -> dict[int, list[int]]:
     """Continue prompts with ``generate``, batch after batch, the longest prompts together."""
     options = GenerationConfig(
-        do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=new_tokens,
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=new_tokens,
         eos_token_id=sorted(stop), pad_token_id=pad, use_cache=True,
     )  # fmt: skip
     done: dict[int, list[int]] = {}
@@ -81,7 +107,10 @@ def _sample_torch(
                 ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
                 mask_BT[row, longest - len(prompt) :] = 1
             answers_BT = model.generate(  # type: ignore[operator]
-                ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=options
+                ids_BT.to(device),
+                attention_mask=mask_BT.to(device),
+                generation_config=options,
+                logits_processor=LogitsProcessorList([_Nucleus(temperature, top_p)]),
             )[:, longest:].tolist()
             for row, answer in enumerate(answers_BT):
                 end = next((i for i, token in enumerate(answer) if token in stop), len(answer))
@@ -111,7 +140,7 @@ def sample_from_teacher(
         prompts: Ready texts: with the chat template applied where that is wanted. An empty one starts a new document.
         new_tokens: At most so many for each prompt.
         temperature: Of the softmax.
-        top_p: Draw from the smallest set of tokens with this probability.
+        top_p: Draw from the smallest set of tokens with this probability, among the 200 most probable.
         seed: Of the random draws.
         wanted_tokens: Stop when so many tokens, prompts included, are reached; what is begun is cut there. None
             continues every prompt to its end.
@@ -128,20 +157,21 @@ def sample_from_teacher(
     if engine is None:
         usable = is_gguf(teacher.source) and importlib.util.find_spec("llama_cpp") is not None
         engine = "llama.cpp" if usable else "transformers"
+    # llama.cpp is run with a worker for each thread; transformers shares its threads out itself.
+    workers = torch.get_num_threads() if engine == "llama.cpp" else 1
+    if wanted_tokens is not None:
+        # A batch that takes the wanted tokens with its first prompts would cut every answer short.
+        length = new_tokens + sum(map(len, ids)) // len(ids)
+        batch_size = max(4, min(batch_size, wanted_tokens // (2 * workers * length)))
     counter = _Counter(on_progress)
     begin = time.monotonic()
     if engine == "llama.cpp":
         from qad.data.llama_sampling import Sampling, sample_gguf
 
-        workers = torch.get_num_threads()
-        if wanted_tokens is not None:
-            # A batch that takes the wanted tokens with its first prompts would cut every answer short.
-            length = new_tokens + sum(map(len, ids)) // len(ids)
-            batch_size = max(4, min(batch_size, wanted_tokens // (2 * workers * length)))
         drawn, how = sample_gguf(
             Path(teacher.source),
             ids,
-            Sampling(temperature, top_p, seed),
+            Sampling(temperature, top_p, TOP_K, seed),
             new_tokens=new_tokens,
             wanted_tokens=wanted_tokens,
             batch_size=batch_size,

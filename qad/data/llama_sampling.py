@@ -29,8 +29,6 @@ from qad.gguf_check import read_header
 
 _FLOAT32_FILE = 0  # llama.h: LLAMA_FTYPE_ALL_F32
 _FLOAT32_LIMIT = 4 << 30  # bytes of a float32 copy that is still worth its disk and memory
-# top-p over a whole vocabulary sorts it for every token; what lies beyond the most probable 200 rarely enters at all.
-_TOP_K = 200
 _MAX_SEQUENCES = 64
 
 # llama.cpp keeps the pointer, so the callback must outlive every call.
@@ -43,6 +41,7 @@ class Sampling:
 
     temperature: float
     top_p: float
+    top_k: int
     seed: int
 
 
@@ -87,7 +86,7 @@ class _Worker:
         # A seed of its own for each prompt: what one prompt draws does not depend on its neighbours in the batch.
         seed = int(np.random.SeedSequence([self.sampling.seed, number]).generate_state(1)[0])
         for sampler in (
-            llama_cpp.llama_sampler_init_top_k(_TOP_K),
+            llama_cpp.llama_sampler_init_top_k(self.sampling.top_k),
             llama_cpp.llama_sampler_init_temp(self.sampling.temperature),
             llama_cpp.llama_sampler_init_top_p(self.sampling.top_p, 1),
             llama_cpp.llama_sampler_init_dist(seed),
@@ -195,7 +194,7 @@ def sample_gguf(
     Args:
         path: The GGUF file.
         prompts: Token ids, none of them empty.
-        sampling: Temperature, top-p and seed.
+        sampling: How to draw.
         new_tokens: At most so many for each prompt.
         wanted_tokens: Stop when so many tokens, prompts included, are reached; None runs every prompt to its end.
         batch_size: Sequences alive in each worker.
