@@ -13,7 +13,7 @@ def recipe() -> Recipe:
         micro_batch=4,
         seq_len=512,
         calibration_tokens=65_536,
-        lr=0.01,
+        lr=0.002,
         noise="partial",
         noise_until=0.3,
         held_out_tokens=32_768,
