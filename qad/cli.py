@@ -11,10 +11,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import typer  # noqa: E402
+import typer
 
-from qad.errors import UserError  # noqa: E402
-from qad.files import explain  # noqa: E402
+from qad.errors import UserError
+from qad.files import explain
 
 app = typer.Typer(
     name="qad",
@@ -31,7 +31,9 @@ ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; by default
 
 @app.command()
 def train(
-    bits: Annotated[int | None, typer.Option(help="4 or 8: the portable grid of the linear layers.  [default: 4]")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="4 or 8: the portable grid of the linear layers.  [default: 4]")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Hugging Face folder, hub id or GGUF file.  [default: the packaged SmolLM2-135M]")
     ] = None,
@@ -43,9 +45,7 @@ def train(
             "  [default: worked problems, and text sampled from the teacher]"
         ),
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe to start from: quick, thorough.  [default: quick]")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to start from: quick, thorough.  [default: quick]")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; 0 stops after --init.", min=0)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.", min=1)] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass.", min=1)] = None,

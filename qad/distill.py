@@ -1,13 +1,13 @@
 """A run from recipe to artifact: load, gather text, initialise, train, keep the best, tell how it went.
 
-    RUN/
-      recipe.json          the resolved recipe
-      data/                text sampled from the teacher, kept so that a resumed run trains on the same
-      teacher_cache/       the teacher's top-k, if the recipe asks for it
-      checkpoints/         the newest checkpoint while training lasts
-      artifact/            the best student so far, see ``artifact.py``
-      run.jsonl            one line per step and evaluation
-      result.json          the figures of the finished run
+RUN/
+recipe.json          the resolved recipe
+data/                text sampled from the teacher, kept so that a resumed run trains on the same
+teacher_cache/       the teacher's top-k, if the recipe asks for it
+checkpoints/         the newest checkpoint while training lasts
+artifact/            the best student so far, see ``artifact.py``
+run.jsonl            one line per step and evaluation
+result.json          the figures of the finished run
 """
 
 import contextlib
@@ -36,14 +36,14 @@ from qad.errors import UserError
 from qad.files import replacing_file
 from qad.gptq_init import initialize
 from qad.grid import get_grid
-from qad.measure import Quality
+from qad.measure import Quality, output_head
 from qad.model import LoadedModel, check_same_tokenizer, load_model, model_fingerprint
 from qad.plan import KEEP, Plan, is_tied, make_plan
 from qad.recipe import RECIPE_FILE, Recipe, load_recipe
 from qad.student import Masters
 from qad.teacher import TeacherCache, build_cache
 from qad.tensor import dequantize
-from qad.train import CHECKPOINTS, Collator, QADTrainer, checkpoint_step, last_checkpoint
+from qad.train import CHECKPOINTS, Collator, QADTrainer, checkpoint_step, last_checkpoint, padding_id
 
 RESULT_FILE = "result.json"
 
@@ -180,7 +180,9 @@ def load_pair(recipe: Recipe, console: Console) -> tuple[LoadedModel, PreTrained
     for model in (teacher.model, student):
         context = model.config.max_position_embeddings
         if recipe.seq_len > context:
-            raise UserError(f"seq_len {recipe.seq_len} exceeds the {context} tokens that the model reads; use --seq-len")
+            raise UserError(
+                f"seq_len {recipe.seq_len} exceeds the {context} tokens that the model reads; use --seq-len"
+            )
     teacher.model.requires_grad_(False)
     return teacher, student
 
@@ -224,9 +226,7 @@ def stored_bytes(model: nn.Module, plan: Plan) -> int:
     return round(bits / 8)
 
 
-def _measure_rounded(
-    recipe: Recipe, run: Path, student: PreTrainedModel, plan: Plan, trainer_measure: Any
-) -> Quality:
+def _measure_rounded(recipe: Recipe, run: Path, student: PreTrainedModel, plan: Plan, trainer_measure: Any) -> Quality:
     """Return the figures of the student rounded to nearest; kept in the run folder for when it is resumed."""
     file = run / "rounded.json"
     if file.exists():
@@ -251,12 +251,12 @@ def _teacher_cache(
 ) -> TeacherCache | None:
     if not recipe.cache_top_k:
         return None
-    collator = Collator(teacher.tokenizer.pad_token_id or 0, recipe.loss_on)
+    collator = Collator(padding_id(teacher.tokenizer), recipe.loss_on)
     batches = (
         collator([rows[i] for i in range(start, min(start + recipe.micro_batch, len(rows)))])  # type: ignore[misc]
         for start in range(0, len(rows), recipe.micro_batch)
     )
-    heads = [m.get_output_embeddings().weight.shape[0] for m in (teacher.model, student)]  # type: ignore[union-attr]
+    vocabulary = min(output_head(model).shape[0] for model in (teacher.model, student))
     with _bar(console, "teacher's top-k (sequences)", len(rows)) as update:
         return build_cache(
             run / "teacher_cache",
@@ -264,7 +264,7 @@ def _teacher_cache(
             batches,
             top_k=recipe.cache_top_k,
             key=model_fingerprint(teacher.model),
-            vocabulary=min(heads),
+            vocabulary=vocabulary,
             on_progress=update,
         )
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from qad.errors import UserError
 
-
 _NEARLY_FULL = 1 << 20  # bytes
 
 

@@ -1,14 +1,14 @@
 """Where training starts: every quantized tensor of a model rounded, layer after layer, on a little calibration text.
 
 Each layer is rounded to reproduce what the unquantized model computes there, given the inputs that the already rounded
-layers before it really deliver: the target of a matrix is W plus the share of W (X - X') X'^T (X' X'^T)^-1 that makes up
-for the drift of its inputs from X to X' (quantization error propagation, arXiv 2504.09629). Given up against plain
+layers before it really deliver: the target of a matrix is W plus the share of W (X - X') X'^T (X' X'^T)^-1 that makes
+up for the drift of its inputs from X to X' (quantization error propagation, arXiv 2504.09629). Given up against plain
 GPTQ: a second copy of the calibration activations.
 
 Shapes: B sequences, T tokens, D model width, N output features, K input features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +87,7 @@ def initialize(
     return {name: rounded[name] for name in wanted}
 
 
-class _Captured(Exception):  # noqa: N818 - control flow, not an error
+class _Captured(Exception):
     pass
 
 
@@ -113,7 +113,7 @@ def _first_layer_inputs(model: nn.Module, layer: nn.Module, batch_BT: Tensor) ->
 
 @contextmanager
 def _recording(
-    modules: dict[str, nn.Module], inputs: dict[str, list[Tensor]], *, stop: bool = False
+    modules: Mapping[str, nn.Module], inputs: dict[str, list[Tensor]], *, stop: bool = False
 ) -> Iterator[None]:
     """Record the inputs of modules, flattened to [tokens, K]; with ``stop``, raise ``_Captured`` once one is had."""
 
@@ -180,7 +180,7 @@ def _walk(
         actual = run(layer, actual)
 
 
-def _stages(linears: dict[str, nn.Module]) -> list[list[str]]:
+def _stages(linears: Mapping[str, nn.Module]) -> list[list[str]]:
     """Return the linear layers of a decoder layer in the order of the data, those that share an input together."""
     stages: list[list[str]] = []
     for suffixes in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):

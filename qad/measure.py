@@ -34,7 +34,7 @@ class Quality:
 
     @property
     def perplexity(self) -> float:
-        """exp of the cross-entropy."""
+        """Exp of the cross-entropy."""
         return math.exp(min(self.nll, 700.0))
 
     def to_dict(self) -> dict[str, float]:
@@ -52,6 +52,11 @@ def shifted_labels(input_ids_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
     labels_BT = torch.full_like(input_ids_BT, IGNORE)
     labels_BT[:, :-1] = torch.where(loss_mask_BT[:, 1:] > 0, input_ids_BT[:, 1:], IGNORE)
     return labels_BT
+
+
+def output_head(model: nn.Module) -> Tensor:
+    """Return the weight of the output head [V, D] of a causal language model."""
+    return model.get_output_embeddings().weight  # type: ignore[operator]
 
 
 def last_hidden(model: nn.Module, batch: Batch) -> Tensor:
@@ -73,8 +78,7 @@ def measure(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch], ch
     """
     kl = nll = same = 0.0
     tokens = 0
-    student_head: Tensor = student.get_output_embeddings().weight  # type: ignore[operator]
-    teacher_head: Tensor = teacher.get_output_embeddings().weight  # type: ignore[operator]
+    student_head, teacher_head = output_head(student), output_head(teacher)
     shared = min(student_head.shape[0], teacher_head.shape[0])
     for batch in batches:
         counted = batch["labels"] != IGNORE

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qad.errors import unknown_name
 from qad.fake_quant import HARD, Noise, fake_quantize, fake_quantize_backward
@@ -132,6 +132,8 @@ class Masters(nn.Module):
     def fingerprint(self) -> dict[str, str]:
         """Return the SHA-256 of the float32 bytes that forward multiplies with, per quantized parameter."""
         return {
-            entry.name: hashlib.sha256(entry.forward.detach().to("cpu", torch.float32).contiguous().numpy().data).hexdigest()
+            entry.name: hashlib.sha256(
+                entry.forward.detach().to("cpu", torch.float32).contiguous().numpy().data
+            ).hexdigest()
             for entry in self._entries
         }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qad.errors import UserError
 from qad.files import replacing_file
-from qad.measure import last_hidden
+from qad.measure import last_hidden, output_head
 
 _INDEX = "index.json"
 _SHARD_TOKENS = 65_536
@@ -118,7 +118,7 @@ def build_cache(
             return cache
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _INDEX).unlink(missing_ok=True)
-    head_VE: Tensor = teacher.get_output_embeddings().weight[:vocabulary]  # type: ignore[operator]
+    head_VE = output_head(teacher)[:vocabulary]
     samples: dict[str, list[int]] = {}
     pending: list[tuple[Tensor, Tensor]] = []
     shard = filled = 0

@@ -1,5 +1,4 @@
-"""QADTrainer: TRL's supervised trainer with the loss, the quantizer and the checkpoints of quantization-aware
-distillation.
+"""QADTrainer: TRL's supervised trainer with the loss, quantizer and checkpoints of quantization-aware distillation.
 
 Of the parent stay the loop, gradient accumulation, clipping, schedules, mixed precision, logging and resuming. Replaced
 are the loss (KL to a teacher, from hidden states), the optimizer's parameter groups (masters and scales instead of the
@@ -32,12 +31,13 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from qad.errors import UserError
 from qad.files import recover_folder, replacing_folder
 from qad.losses import IGNORE, CachedTeacher, LiveTeacher, TeacherChunks, chunked_distillation
-from qad.measure import Batch, Quality, last_hidden, measure, shifted_labels
+from qad.measure import Batch, Quality, last_hidden, measure, output_head, shifted_labels
 from qad.recipe import Recipe
 from qad.student import Masters
 from qad.teacher import TeacherCache
@@ -76,6 +76,14 @@ class Collator:
             "labels": shifted_labels(ids, counts),
             "sample_id": [row["sample_id"] for row in rows],
         }
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token to pad with; which one does not matter, because padding is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
 
 
 def mixed_precision_available() -> bool:
@@ -126,12 +134,9 @@ def training_arguments(recipe: Recipe, run: Path) -> SFTConfig:
 class _EvaluateLast(TrainerCallback):
     """Has the last step evaluated whatever ``eval_every`` is, and before its checkpoint, which records the best."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for an evaluation."""
         control.should_evaluate |= state.global_step >= state.max_steps
-        return control
 
 
 class QADTrainer(SFTTrainer):
@@ -157,7 +162,7 @@ class QADTrainer(SFTTrainer):
         *,
         model: PreTrainedModel,
         masters: Masters,
-        teacher: PreTrainedModel,
+        teacher: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
         run: Path,
@@ -168,8 +173,10 @@ class QADTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self.masters = masters
+        self.student = model
         self.teacher = teacher
         self.recipe = recipe
+        self._run = run
         self._cache = cache
         self._loss_settings = recipe.loss
         self._on_best = on_best
@@ -178,7 +185,7 @@ class QADTrainer(SFTTrainer):
         model.add_module("qad_masters", masters)
         for parameter in masters.forward_parameters():
             parameter.requires_grad_(True)
-        collator = Collator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0, recipe.loss_on)
+        collator = Collator(padding_id(tokenizer), recipe.loss_on)
         super().__init__(
             model=model,
             args=training_arguments(recipe, run),
@@ -233,9 +240,13 @@ class QADTrainer(SFTTrainer):
         student = self.accelerator.unwrap_model(model)
         counted_BT = inputs["labels"] != IGNORE
         hidden_TD = last_hidden(student, inputs)[counted_BT]
-        head_VD = student.get_output_embeddings().weight
+        head_VD = output_head(student)
         sums = chunked_distillation(
-            hidden_TD, head_VD, inputs["labels"][counted_BT], self._teacher_chunks(inputs, counted_BT), self._loss_settings
+            hidden_TD,
+            head_VD,
+            inputs["labels"][counted_BT],
+            self._teacher_chunks(inputs, counted_BT),
+            self._loss_settings,
         )
         tokens = counted_BT.sum().clamp_min(1)
         self._metrics["train"]["kl"].append(float(sums.kl / tokens))
@@ -247,7 +258,7 @@ class QADTrainer(SFTTrainer):
         if self._cache is not None:
             return CachedTeacher(*self._cache.lookup(inputs["sample_id"], counted_BT))
         hidden = last_hidden(self.teacher, inputs)[counted_BT]
-        return LiveTeacher(hidden, self.teacher.get_output_embeddings().weight)
+        return LiveTeacher(hidden, output_head(self.teacher))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return AdamW over masters, learned scales and kept parameters, each with its own learning rate."""
@@ -258,7 +269,7 @@ class QADTrainer(SFTTrainer):
             if scales.requires_grad:
                 groups.append({"params": [scales], "lr": self.recipe.scale_lr * grid_step})
         owned = {id(p) for p in self.masters.parameters()} | {id(p) for p in self.masters.forward_parameters()}
-        kept = [p for p in self.model.parameters() if id(p) not in owned and p.requires_grad]
+        kept = [p for p in self.student.parameters() if id(p) not in owned and p.requires_grad]
         groups.append({"params": kept, "lr": self.recipe.kept_lr})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.0)
         return self.optimizer
@@ -269,9 +280,9 @@ class QADTrainer(SFTTrainer):
         """Measure the hard-rounded student on the held-out rows and keep the best."""
         self.masters.harden()
         self._filled_for = None
-        self.model.eval()
+        self.student.eval()
         # In float32, as the teacher's own figures are: the noise of bfloat16 would hide what is measured.
-        quality = measure(self.model, self.teacher, self._held_out)
+        quality = measure(self.student, self.teacher, self._held_out)
         if self.best is None or quality.kl < self.best[1].kl:
             self.best = (self.state.global_step, quality)
             self._on_best(self.state.global_step, quality)
@@ -299,19 +310,20 @@ class QADTrainer(SFTTrainer):
         """Return masters, scales and kept parameters; forward buffers follow from them."""
         forward = {id(p) for p in self.masters.forward_parameters()}
         return {
-            name: parameter.data for name, parameter in self.model.named_parameters() if id(parameter) not in forward
+            name: parameter.data for name, parameter in self.student.named_parameters() if id(parameter) not in forward
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under its name whole or not at all, then delete the one before."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = self._run / CHECKPOINTS / f"checkpoint-{self.state.global_step}"
         with replacing_folder(folder) as staging:
             save_file({name: tensor.contiguous() for name, tensor in self._kept_state().items()}, staging / _STATE_FILE)
             self._save_optimizer_and_scheduler(str(staging))
             self._save_rng_state(str(staging))
+            states: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                    states[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(staging / "trainer_state.json"))
             best = None if self.best is None else [self.best[0], self.best[1].__dict__]
             (staging / _BEST_FILE).write_text(json.dumps(best))

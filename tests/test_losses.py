@@ -55,8 +55,9 @@ def divergence(log_q: Tensor, log_p: Tensor, settings: LossSettings) -> Tensor:
     return settings.beta * (p * (log_p - m.log())).sum(-1) + (1 - settings.beta) * (q * (log_q - m.log())).sum(-1)
 
 
-def plain(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor, settings: LossSettings):
+def plain(parts: tuple[Tensor, ...], settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, kl, nll) from full logits."""
+    hidden, head, teacher, teacher_head, labels = parts
     shared = min(len(head), len(teacher_head))
     z, y = hidden @ head[:shared].T, teacher @ teacher_head[:shared].T
     log_q, log_p = ((logits / settings.temperature).log_softmax(-1) for logits in (z, y))
@@ -67,7 +68,7 @@ def plain(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, l
 
 def check_against_plain(parts: tuple[Tensor, ...], settings: LossSettings, tolerance: float) -> None:
     hidden, head, teacher, teacher_head, labels = parts
-    expected, kl, nll = plain(*parts, settings)
+    expected, kl, nll = plain(parts, settings)
     wanted = torch.autograd.grad(expected * 1.7, (hidden, head))
     sums = chunked_distillation(hidden, head, labels, LiveTeacher(teacher, teacher_head), settings)
     got = torch.autograd.grad(sums.loss * 1.7, (hidden, head))
@@ -165,7 +166,7 @@ def test_a_tied_head_gets_the_gradients_of_both_its_uses() -> None:
     def hidden_of(embedding: Tensor) -> Tensor:
         return F.embedding(ids, embedding).tanh()
 
-    expected, _, _ = plain(hidden_of(head), head, teacher, teacher_head, labels, settings)
+    expected, _, _ = plain((hidden_of(head), head, teacher, teacher_head, labels), settings)
     (wanted,) = torch.autograd.grad(expected, head)
     chunked_distillation(hidden_of(head), head, labels, LiveTeacher(teacher, teacher_head), settings).loss.backward()
     assert head.grad is not None
@@ -302,7 +303,7 @@ def test_bfloat16(hidden_dtype: torch.dtype, head_dtype: torch.dtype, cast: bool
         sums = chunked_distillation(hidden, head, exact[4], teacher, settings)
     by_hidden, by_head = torch.autograd.grad(sums.loss, (hidden, head))
     assert (by_hidden.dtype, by_head.dtype, sums.loss.dtype) == (hidden_dtype, head_dtype, torch.float32)
-    expected = plain(*exact, settings)[0]
+    expected = plain(exact, settings)[0]
     wanted = torch.autograd.grad(expected, exact[:2])
     assert float(sums.loss.detach()) == pytest.approx(float(expected.detach()), rel=0.02)
     for ours, theirs in zip((by_hidden, by_head), wanted, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qad.errors import UserError
 from qad.losses import CachedTeacher, LiveTeacher, LossSettings, chunked_distillation
-from qad.measure import last_hidden
+from qad.measure import last_hidden, output_head
 from qad.recipe import Recipe
 from qad.teacher import TeacherCache, build_cache
 from qad.train import Collator
@@ -208,11 +208,9 @@ def test_the_loss_of_a_whole_vocabulary_is_the_live_teacher_s(tmp_path: Path) ->
     for batch in data:
         counted = batch["labels"] != -100
         hidden = last_hidden(student, batch)[counted].detach()
-        head = student.get_output_embeddings().weight.detach()  # type: ignore[union-attr]
+        head = output_head(student).detach()
         labels = batch["labels"][counted]
-        live = LiveTeacher(
-            last_hidden(teacher, batch)[counted].detach(), teacher.get_output_embeddings().weight.detach()
-        )  # type: ignore[union-attr]
+        live = LiveTeacher(last_hidden(teacher, batch)[counted].detach(), output_head(teacher).detach())  # type: ignore[union-attr]
         from_cache = CachedTeacher(*cache.lookup(batch["sample_id"], counted))
         losses = [
             chunked_distillation(hidden, head, labels, t, LossSettings()).loss / len(labels) for t in (live, from_cache)

@@ -437,7 +437,7 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(small_disk: Path) -> None:
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "vocab_size": 64}
+    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "vocab_size": 64}
     rows = token_rows(8, vocabulary=64)
     parts = make_trainer(
         small_disk,
