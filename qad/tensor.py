@@ -132,7 +132,9 @@ def mse_scales(weight_NK: Tensor, grid: Grid, importance_K: Tensor | None = None
     best_NG = torch.empty(rows, columns // grid.block, device=weight_NK.device)
     for start in range(0, rows, step := max(1, _MSE_CHUNK // (columns * len(factors_S)))):
         blocks = as_blocks(weight_NK[start : start + step], grid)
-        candidates_SNG = round_scales(factors_S.view(-1, 1, 1) * absmax_scales(weight_NK[start : start + step], grid), grid)
+        candidates_SNG = round_scales(
+            factors_S.view(-1, 1, 1) * absmax_scales(weight_NK[start : start + step], grid), grid
+        )
         scales = candidates_SNG.unsqueeze(-1)
         error = (blocks * scales.reciprocal()).round_().clamp_(grid.code_min, grid.code_max).mul_(scales).sub_(blocks)
         error.square_()

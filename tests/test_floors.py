@@ -30,7 +30,8 @@ FLOORS = {
     "qad.losses": 2,
     "qad.rounding": 2,
     # F3: models and their parts
-    "qad.quantizer": 3,
+    "qad.student": 3,
+    "qad.measure": 3,
     "qad.plan": 3,
     "qad.gguf_load": 3,
     "qad.model": 3,
@@ -40,18 +41,18 @@ FLOORS = {
     "qad.recipe": 4,
     "qad.recipes": 4,
     "qad.gptq_init": 4,
-    "qad.checkpoint": 4,
     # F5: training and its data
-    "qad.student": 5,
     "qad.callbacks": 5,
     "qad.train": 5,
     "qad.data": 5,
-    # F6: containers
+    # F6: a whole run; containers
+    "qad.distill": 6,
     "qad.export": 6,
     # F7: engines, proofs, reports
     "qad.runtimes": 7,
     "qad.verify": 7,
     "qad.doctor": 7,
+    "qad.answer": 7,
     # F8: the command line
     "qad.cli": 8,
 }
