@@ -505,7 +505,7 @@ def test_an_interrupt_says_how_to_continue(tmp_path: Path, model: Path) -> None:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
     )
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 300
     log = run / "run.jsonl"
     while time.monotonic() < limit and process.poll() is None and not (log.exists() and '"loss"' in log.read_text()):
         time.sleep(0.01)

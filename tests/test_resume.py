@@ -55,7 +55,7 @@ def start(run: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors.decode()
 
 
@@ -66,7 +66,7 @@ def steps_done(run: Path) -> int:
 
 def kill_after(process: subprocess.Popen[bytes], run: Path, steps: int, delay: float) -> None:
     """Kill a run that has logged so many steps, a moment later."""
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 300
     while steps_done(run) < steps and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.001)
     assert process.poll() is None, "the run ended before it could be killed"
@@ -135,6 +135,7 @@ CASES: dict[str, dict[str, Any]] = {
     "partial noise, cached teacher": {"noise": "partial", "cache_top_k": 16, "init": "mse", "eval_every": 5},
     "uniform noise, whole batches, no evaluations": {"noise": "uniform", "micro_batch": 4, "save_every": 7},
     "gradient checkpointing, next token, jsd": {"gradient_checkpointing": True, "next_token_weight": 0.2, "kl": "jsd"},
+    "a start that no step improves on": {"init": "mse", "lr": 3.0, "eval_every": 2},
     "no checkpoints": {"save_every": 0, "eval_every": 3},
 }
 

@@ -197,6 +197,7 @@ def test_the_index_names_its_settings(tmp_path: Path) -> None:
     build(tmp_path, tiny(), batches())
     index = json.loads((tmp_path / "index.json").read_text())
     assert (index["top_k"], index["key"], len(index["samples"])) == (8, "tiny", 10)
+    assert [length for _, _, length in index["samples"].values()] == [24, 19, 14] * 3 + [24]  # no padding
 
 
 # ---------------------------------------------------------------------------------------------------- training from it

@@ -22,6 +22,7 @@ from torch import Tensor
 from qad.artifact import open_artifact, tensor_sha256
 from qad.distill import Outcome, distill, gather_rows, load_outcome
 from qad.errors import UserError
+from qad.files import replacing_file
 from qad.losses import IGNORE
 from qad.measure import Quality, measure
 from qad.model import load_model
@@ -472,6 +473,27 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(small_disk: Path) -> 
         held_out_rows=rows,
     ).trainer.train(resume_from_checkpoint=str(last_checkpoint(small_disk)))
     assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("floats", [1 << 20, 130_900])
+def test_torch_save_on_a_full_disk(small_disk: Path, floats: int) -> None:
+    """It notices missing bytes, not why they are missing, and raises a RuntimeError."""
+    target = small_disk / "optimizer.pt"
+    target.write_bytes(b"the one before")
+    message = ""
+    try:
+        with replacing_file(target) as path:
+            torch.save({"moments": torch.zeros(floats)}, path)
+    except UserError as error:
+        message = str(error)
+    gc.collect()
+    assert message.startswith(f"the disk is full while writing {target}")
+    assert target.read_bytes() == b"the one before"
+
+
+def test_other_failures_of_a_writer_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="something else"), replacing_file(tmp_path / "file"):
+        raise RuntimeError("inline_container.cc: something else")
 
 
 def test_the_tokenizer_s_padding_does_not_matter(tmp_path: Path) -> None:
