@@ -319,7 +319,7 @@ def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
         quantized = masters.quantized()
         for name, tensor in quantized.items():
             weight = forward[name].detach().to("cpu", torch.float32)
-            assert torch.equal(dequantize(tensor).view(torch.int32), weight.view(torch.int32)), name
+            assert torch.equal(dequantize(tensor).cpu().view(torch.int32), weight.view(torch.int32)), name
         save_artifact(
             run,
             config=student.config,

@@ -302,7 +302,7 @@ class QADTrainer(SFTTrainer):
 
     def measure_model(self, model: nn.Module) -> Quality:
         """Return another model's figures on the held-out rows."""
-        return measure(model, self.teacher, self._held_out)
+        return measure(model.to(self.args.device), self.teacher, self._held_out)
 
     # Checkpoints
 
