@@ -55,11 +55,11 @@ class ProgressBar(TrainerCallback):
             done = state.global_step - self._first_step
             rate = done * self._tokens_per_step / max(time.monotonic() - self._started, 1e-9)
             self._progress.update(
-                self._task, completed=state.global_step, loss=f"{logs['loss']:.4f}", rate=f"{rate:,.0f}"
+                self._task, completed=state.global_step, loss=f"{logs['loss']:.4g}", rate=f"{rate:,.0f}"
             )
         if logs and "eval_kl" in logs:
             self._progress.console.print(
-                f"  step {state.global_step}: held-out KL {logs['eval_kl']:.4f}, "
+                f"  step {state.global_step}: held-out KL {logs['eval_kl']:.4g}, "
                 f"perplexity {logs['eval_perplexity']:.3f}, same top-1 {logs['eval_same_top1']:.1%}"
             )
 

@@ -68,7 +68,7 @@ class Outcome:
         rounded, trained = self.rows[1][1], self.rows[2][1]
         if trained.kl > rounded.kl:
             return (
-                f"training made things WORSE: KL {trained.kl:.4f} against {rounded.kl:.4f} of plain rounding. "
+                f"training made things WORSE: KL {trained.kl:.4g} against {rounded.kl:.4g} of plain rounding. "
                 "Lower --lr, use --init gptq, or give more varied text with --data."
             )
         if self.best_step == 0 and load_recipe(self.run).steps > 0:
@@ -103,7 +103,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         table.add_column(heading, justify="left" if not heading else "right")
     for what, quality, size in outcome.rows:
         table.add_row(
-            what, f"{quality.kl:.4f}", f"{quality.perplexity:.3f}", f"{quality.same_top1:.1%}", f"{size / 1e6:.1f} MB"
+            what, f"{quality.kl:.4g}", f"{quality.perplexity:.3f}", f"{quality.same_top1:.1%}", f"{size / 1e6:.1f} MB"
         )
     console.print(table)
     if outcome.warning:
@@ -352,7 +352,7 @@ def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
         trainer.evaluate()
         assert trainer.best is not None
         console.print(
-            f"held-out KL: rounded to nearest {rounded_quality.kl:.4f}, after {init} {trainer.best[1].kl:.4f}"
+            f"held-out KL: rounded to nearest {rounded_quality.kl:.4g}, after {init} {trainer.best[1].kl:.4g}"
         )
     if checkpoint is not None and checkpoint_step(checkpoint) >= recipe.steps:
         trainer.restore(checkpoint)

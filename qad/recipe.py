@@ -84,7 +84,7 @@ class Recipe:
     cache_top_k: int = 0
     held_out_tokens: int = 4096
     eval_every: int = 8
-    save_every: int = 0
+    save_every: int = 16
     gradient_checkpointing: bool = False
     tensorboard: bool = False
     seed: int = 0
