@@ -133,7 +133,12 @@ CASES: dict[str, dict[str, Any]] = {
     "mse scales between two searches": {"scales": "mse", "init": "mse", "steps": 26, "save_every": 5},
     "absmax scales, evaluations off the checkpoints": {"scales": "absmax", "init": "rtn", "eval_every": 4},
     "partial noise, cached teacher": {"noise": "partial", "cache_top_k": 16, "init": "mse", "eval_every": 5},
-    "uniform noise, whole batches, no evaluations": {"noise": "uniform", "micro_batch": 4, "save_every": 7},
+    "uniform noise, whole batches, no evaluations": {
+        "noise": "uniform",
+        "micro_batch": 4,
+        "save_every": 7,
+        "eval_every": 0,
+    },
     "gradient checkpointing, next token, jsd": {"gradient_checkpointing": True, "next_token_weight": 0.2, "kl": "jsd"},
     "a start that no step improves on": {"init": "mse", "lr": 3.0, "eval_every": 2},
     "no checkpoints": {"save_every": 0, "eval_every": 3},

@@ -387,7 +387,7 @@ def test_a_warning_if_training_made_things_worse_or_was_of_no_use(tmp_path: Path
         teacher, *rest = (Quality(kl, 2.0, 0.9, 100) for kl in (0.0, rounded, trained))
         return Outcome(tmp_path, [(str(q.kl), q, 1) for q in (teacher, *rest)], best_step)
 
-    assert "WORSE: KL 0.3000 against 0.2000" in str(outcome(0.2, 0.3, 5).warning)
+    assert "WORSE: KL 0.3 against 0.2" in str(outcome(0.2, 0.3, 5).warning)
     assert "no training step improved" in str(outcome(0.2, 0.1, 0).warning)
     assert outcome(0.2, 0.1, 3).warning is None
 
