@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BITS   ?= 4
 RUN    ?= runs/demo
-ASK    ?= A baker sells 12 loaves in the morning and 9 in the afternoon. How many loaves does she sell in all?
+ASK    ?= Explain in two sentences why leaves are green.
 
 VENV   := .venv
 BIN    := $(VENV)/bin
