@@ -127,8 +127,9 @@ def mse_scales(weight_NK: Tensor, grid: Grid, importance_K: Tensor | None = None
     rows, columns = weight_NK.shape
     importance = None if importance_K is None else importance_K.view(1, -1, grid.block)
     factors_S = torch.tensor(_MSE_FACTORS, device=weight_NK.device)
-    if grid.signed_scale:
-        factors_S = torch.cat([factors_S, -factors_S])
+    # An unsigned grid has no mirror images to try, and wants a finer search: near its best clip twice as many factors.
+    more_S = -factors_S if grid.signed_scale else factors_S - 0.015
+    factors_S = torch.cat([factors_S, more_S])
     best_NG = torch.empty(rows, columns // grid.block, device=weight_NK.device)
     for start in range(0, rows, step := max(1, _MSE_CHUNK // (columns * len(factors_S)))):
         blocks = as_blocks(weight_NK[start : start + step], grid)
