@@ -161,7 +161,7 @@ def verify(
     runtime: Annotated[bool, typer.Option(help="Also run the file and compare with torch.")] = True,
     threads: ThreadsOption = None,
 ) -> None:
-    """Prove that a file decodes to the trained weights, bit for bit; exit with 1 if not."""
+    """Prove that a file decodes to the trained weights, bit for bit; exit with 1 if not, with 2 if it is unreadable."""
     from qad.verify import verify_command
 
     raise typer.Exit(verify_command(run, file, text, runtime, threads))
