@@ -10,55 +10,22 @@ mode, so that one number moves training from noise to the device's rounding:
     stochastic  the block is rounded up or down at random, with the unrounded value as its mean
     partial     the block is left unquantized (Fan et al., Quant-Noise, arXiv 2004.07320)
 
-All of them clip to the grid's range. Given up: exactness of the expected gradient; straight-through is biased, and
+All of them clip to the grid's range. A block that holds an infinity or a NaN, or whose scale is NaN, comes out as NaN,
+all of it, and passes no gradient: a damaged weight shows in the next loss instead of spreading or hiding. Given up: exactness of the expected gradient; straight-through is biased, and
 clipping cuts the gradient of masters that lie outside the range.
 
 Shapes: N output features, K input features, G blocks along K.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from qad.errors import unknown_name
 from qad.grid import Grid
+from qad.noise import HARD, Noise
 from qad.philox import uniform16
-from qad.tensor import as_blocks, round_scales
+from qad.tensor import absmax_scales, as_blocks, damaged_blocks, round_scales
 
-NOISE_MODES = ("none", "uniform", "stochastic", "partial")
 _ELEMENT_STREAM, _BLOCK_STREAM = 0, 1
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Which noise one tensor gets in one optimizer step.
-
-    Attributes:
-        mode: One of ``NOISE_MODES``.
-        hard_share: Probability that a block is rounded hard in spite of the mode, 0 to 1.
-        seed: Run seed.
-        tensor: Index of the tensor in the plan.
-        step: Optimizer step.
-    """
-
-    mode: str = "none"
-    hard_share: float = 0.0
-    seed: int = 0
-    tensor: int = 0
-    step: int = 0
-
-    def __post_init__(self) -> None:
-        if self.mode not in NOISE_MODES:
-            raise unknown_name("noise mode", self.mode, list(NOISE_MODES))
-
-    @property
-    def is_hard(self) -> bool:
-        """Whether every block is rounded hard, so that no random number is drawn."""
-        return self.mode == "none" or self.hard_share >= 1.0
-
-
-HARD = Noise()
 
 
 def _noisy_codes(scaled: Tensor, grid: Grid, noise: Noise) -> Tensor:
@@ -80,53 +47,85 @@ def _noisy_codes(scaled: Tensor, grid: Grid, noise: Noise) -> Tensor:
 
 
 def fake_quantize(
-    master_NK: Tensor, scales_NG: Tensor, grid: Grid, noise: Noise = HARD, out: Tensor | None = None
+    master_NK: Tensor,
+    scales_NG: Tensor | None,
+    grid: Grid,
+    noise: Noise = HARD,
+    out: Tensor | None = None,
+    used_scales_NG: Tensor | None = None,
 ) -> Tensor:
     """Return the weights that forward uses.
 
     With hard rounding these are, bit for bit, ``dequantize(quantize(master, grid, scales))``.
 
     Args:
-        master_NK: float32 master weights.
-        scales_NG: float32 scales; rounded to the grid here.
+        master_NK: Master weights: float32, bfloat16 or float16; computed in float32.
+        scales_NG: float32 scales, rounded to the grid here; None: each block's absmax scale.
         grid: The grid.
         noise: The noise of this step.
-        out: Buffer to write to; a new tensor per call costs more in page faults than the arithmetic.
+        out: Buffer to write to, float32, bfloat16 or float16; a new tensor per call, of the master's dtype, costs more
+            in page faults than the arithmetic.
+        used_scales_NG: float32 buffer that receives the rounded scales; may be ``scales_NG`` itself.
     """
-    scales = round_scales(scales_NG, grid).unsqueeze(-1)
-    codes = _noisy_codes(as_blocks(master_NK, grid) * scales.reciprocal(), grid, noise)
+    master = master_NK.to(torch.float32)
+    scales_NG = absmax_scales(master, grid) if scales_NG is None else round_scales(scales_NG, grid)
+    scales = scales_NG.unsqueeze(-1)
+    codes = _noisy_codes(as_blocks(master, grid) * scales.reciprocal(), grid, noise)
     # A stored code has one zero; adding 0.0 turns -0.0 into it, or a negative scale would flip the sign bit.
     codes.clamp_(grid.code_min, grid.code_max).add_(0.0)
     out = torch.empty_like(master_NK) if out is None else out
-    torch.mul(codes, scales, out=as_blocks(out, grid))
+    blocks = as_blocks(out, grid)
+    torch.mul(codes, scales, out=blocks)
+    blocks.masked_fill_(damaged_blocks(master, scales_NG, grid).unsqueeze(-1), torch.nan)
+    if used_scales_NG is not None:
+        used_scales_NG.copy_(scales_NG)
     return out
 
 
+def fold_sum(values: Tensor) -> Tensor:
+    """Sum the last dimension, a power of two, in halves: element i and element i + n/2, until one is left.
+
+    A fixed order, so that every kernel can repeat it to the bit.
+    """
+    while (width := values.shape[-1]) > 1:
+        values = values[..., : width // 2] + values[..., width // 2 :]
+    return values.squeeze(-1)
+
+
 def fake_quantize_backward(
-    grad_NK: Tensor, master_NK: Tensor, scales_NG: Tensor, grid: Grid, noise: Noise = HARD, *, learn_scales: bool
+    grad_NK: Tensor,
+    master_NK: Tensor,
+    scales_NG: Tensor | None,
+    grid: Grid,
+    noise: Noise = HARD,
+    *,
+    learn_scales: bool,
 ) -> Tensor | None:
     """Turn the gradient of the forward weights, in place, into that of the masters.
 
     Masters inside the range (up to half a step beyond the last code) get the gradient as it is, those outside none.
 
     Args:
-        grad_NK: Gradient of the loss by the forward weights; overwritten.
+        grad_NK: Gradient of the loss by the forward weights; float32, bfloat16 or float16; overwritten.
         master_NK, scales_NG, grid, noise: As in forward.
         learn_scales: Whether to compute the gradient by the scales.
 
     Returns:
-        grad_scales_NG, or None. By the straight-through rule of LSQ (Esser et al., arXiv 1902.08153): a block's sum of
-        gradient x (code - w/s) inside and gradient x code at the ends of the range.
+        float32 grad_scales_NG, or None. By the straight-through rule of LSQ (Esser et al., arXiv 1902.08153): a block's
+        sum of gradient x (code - w/s) inside and gradient x code at the ends of the range.
     """
-    scales = round_scales(scales_NG, grid).unsqueeze(-1)
-    scaled = as_blocks(master_NK, grid) * scales.reciprocal()
-    inside = (scaled >= grid.code_min - 0.5) & (scaled <= grid.code_max + 0.5)
+    master = master_NK.to(torch.float32)
+    scales_NG = absmax_scales(master, grid) if scales_NG is None else round_scales(scales_NG, grid)
+    scaled = as_blocks(master, grid) * scales_NG.unsqueeze(-1).reciprocal()
+    damaged_NG = damaged_blocks(master, scales_NG, grid)
+    outside = (scaled >= grid.code_min - 0.5) & (scaled <= grid.code_max + 0.5)
+    outside = outside.logical_not_().logical_or_(damaged_NG.unsqueeze(-1))
     grad = as_blocks(grad_NK, grid)
     grad_scales_NG = None
     if learn_scales:
         # Not in place: the codes of unquantized blocks are ``scaled`` itself.
-        by_scale = _noisy_codes(scaled, grid, noise).clamp(grid.code_min, grid.code_max)
-        by_scale.sub_(scaled * inside)
-        grad_scales_NG = by_scale.mul_(grad).sum(dim=-1)
-    grad.mul_(inside)
+        by_scale = _noisy_codes(scaled, grid, noise).clamp(grid.code_min, grid.code_max).add_(0.0)
+        by_scale = by_scale.sub_(scaled.masked_fill_(outside, 0.0)).mul_(grad)
+        grad_scales_NG = fold_sum(by_scale).masked_fill_(damaged_NG, 0.0)
+    grad.masked_fill_(outside, 0.0)
     return grad_scales_NG

@@ -50,6 +50,11 @@ GRIDS: dict[str, Grid] = {
     for grid in (
         Grid("q4_0", bits=4, block=32, code_min=-8, code_max=7, signed_scale=True),
         Grid("q8_0", bits=8, block=32, code_min=-127, code_max=127, signed_scale=False),
+        # The group sizes of GPTQ and ONNX files beyond 32.
+        Grid("int4_g64", bits=4, block=64, code_min=-8, code_max=7, signed_scale=True),
+        Grid("int4_g128", bits=4, block=128, code_min=-8, code_max=7, signed_scale=True),
+        Grid("int8_g64", bits=8, block=64, code_min=-127, code_max=127, signed_scale=False),
+        Grid("int8_g128", bits=8, block=128, code_min=-127, code_max=127, signed_scale=False),
     )
 }
 

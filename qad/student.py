@@ -20,7 +20,7 @@ from qad.errors import unknown_name
 from qad.fake_quant import HARD, Noise, fake_quantize, fake_quantize_backward
 from qad.grid import Grid
 from qad.rounding import Rounded
-from qad.tensor import QuantizedTensor, absmax_scales, mse_scales, quantize
+from qad.tensor import QuantizedTensor, mse_scales, quantize
 
 SCALE_MODES = ("absmax", "mse", "learned")
 _REFRESH_MSE = 20  # optimizer steps between two searches of mse scales; a search costs as much as some 30 roundings
@@ -89,20 +89,26 @@ class Masters(nn.Module):
             seed: Run seed.
         """
         for entry in self._entries:
-            if self.scale_mode == "absmax":
-                entry.scales.copy_(absmax_scales(entry.master, entry.grid))
-            elif self.scale_mode == "mse" and step % _REFRESH_MSE == 0:
+            if self.scale_mode == "mse" and step % _REFRESH_MSE == 0:
                 entry.scales.copy_(mse_scales(entry.master, entry.grid))
-            which = Noise(noise, hard_share, seed, entry.index, step)
-            fake_quantize(entry.master, entry.scales, entry.grid, which, out=entry.forward.data)
+            self._fill(entry, Noise(noise, hard_share, seed, entry.index, step))
 
     @torch.no_grad()
     def harden(self) -> None:
         """Fill the model's quantized parameters with the weights the device decodes."""
         for entry in self._entries:
-            if self.scale_mode == "absmax":
-                entry.scales.copy_(absmax_scales(entry.master, entry.grid))
-            fake_quantize(entry.master, entry.scales, entry.grid, HARD, out=entry.forward.data)
+            self._fill(entry, HARD)
+
+    def _fill(self, entry: _Entry, noise: Noise) -> None:
+        follow = self.scale_mode == "absmax"
+        fake_quantize(
+            entry.master,
+            None if follow else entry.scales,
+            entry.grid,
+            noise,
+            out=entry.forward.data,
+            used_scales_NG=entry.scales.data if follow else None,
+        )
 
     @torch.no_grad()
     def collect_gradients(self, *, step: int, noise: str = "none", hard_share: float = 0.0, seed: int = 0) -> None:

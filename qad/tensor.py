@@ -72,21 +72,26 @@ def round_scales(scales: Tensor, grid: Grid) -> Tensor:
     """Round scales to those the grid can store, as float32.
 
     Rounds to ``grid.scale_bits`` significand bits, half to even, and clamps the magnitude to
-    [``scale_floor``, ``scale_ceiling``]; zero becomes ``+scale_floor``. Unsigned grids take the magnitude.
+    [``scale_floor``, ``scale_ceiling``]; zero becomes ``+scale_floor``, NaN stays NaN. Unsigned grids take the
+    magnitude.
 
     Args:
-        scales: float32, any shape, finite.
+        scales: float32, any shape.
 
     Returns:
         float32, same shape, each value exactly representable in fp16.
     """
-    bits = scales.to(torch.float32).contiguous().view(torch.int32)
+    scales = scales.to(torch.float32)
+    bits = scales.contiguous().view(torch.int32)
     drop = 24 - grid.scale_bits
     magnitude = bits & 0x7FFFFFFF
     half_minus_one = (1 << (drop - 1)) - 1
     magnitude = ((magnitude + half_minus_one + ((magnitude >> drop) & 1)) >> drop) << drop
     rounded = magnitude.view(torch.float32).clamp(grid.scale_floor, grid.scale_ceiling)
-    return torch.where(scales < 0, -rounded, rounded) if grid.signed_scale else rounded
+    if grid.signed_scale:
+        rounded = torch.where(scales < 0, -rounded, rounded)
+    # The rounding above carries a NaN of large payload into the sign bit.
+    return rounded.masked_fill_(scales.isnan(), torch.nan)
 
 
 def as_blocks(weight_NK: Tensor, grid: Grid) -> Tensor:
@@ -102,12 +107,22 @@ def absmax_scales(weight_NK: Tensor, grid: Grid) -> Tensor:
     the positive one); else to ``code_max``.
 
     Returns:
-        float32 scales_NG, representable in the grid.
+        float32 scales_NG, representable in the grid; NaN for a block that holds an infinity or a NaN.
     """
     low_NG, high_NG = as_blocks(weight_NK.to(torch.float32), grid).aminmax(dim=-1)
     if grid.signed_scale:
-        return round_scales(torch.where(high_NG >= -low_NG, high_NG, low_NG) / grid.code_min, grid)
-    return round_scales(torch.maximum(high_NG, -low_NG) / grid.code_max, grid)
+        end, extreme_NG = grid.code_min, torch.where(high_NG >= -low_NG, high_NG, low_NG)
+    else:
+        end, extreme_NG = grid.code_max, torch.maximum(high_NG, -low_NG)
+    # A tensor, not a number, as divisor: CUDA multiplies by a number's reciprocal, which rounds differently.
+    scales_NG = round_scales(extreme_NG / torch.tensor(float(end), device=weight_NK.device), grid)
+    return scales_NG.masked_fill_(~extreme_NG.isfinite(), torch.nan)
+
+
+def damaged_blocks(weight_NK: Tensor, scales_NG: Tensor, grid: Grid) -> Tensor:
+    """Return which blocks hold an infinity or a NaN or have a scale that is NaN: bool [N, G]."""
+    low_NG, high_NG = as_blocks(weight_NK, grid).aminmax(dim=-1)
+    return ~(low_NG.isfinite() & high_NG.isfinite()) | scales_NG.isnan()
 
 
 def mse_scales(weight_NK: Tensor, grid: Grid, importance_K: Tensor | None = None) -> Tensor:

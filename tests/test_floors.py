@@ -23,10 +23,13 @@ FLOORS = {
     "qad.devices": 0,
     # F1: numbers
     "qad.tensor": 1,
+    "qad.noise": 1,
+    "qad.native": 1,
     "qad.pack": 1,
     "qad.philox": 1,
     # F2: operations on them, with and without gradients
     "qad.fake_quant": 2,
+    "qad.ops": 2,
     "qad.losses": 2,
     "qad.rounding": 2,
     # F3: models and their parts

@@ -1,0 +1,230 @@
+/* The C API on a CPU: which instruction set, which thread does which blocks. Compiled for the plainest machine. */
+#include <pthread.h>
+#include <string.h>
+
+#include "../qad.h"
+#include "kernels.h"
+
+extern "C" {
+extern const qad_kernels qad_kernels_portable;
+#if defined(QAD_HAVE_X86)
+extern const qad_kernels qad_kernels_avx2, qad_kernels_avx512;
+#elif defined(QAD_HAVE_NEON)
+extern const qad_kernels qad_kernels_neon;
+#endif
+}
+
+namespace {
+
+const qad_kernels *kernels_for(int isa) {
+    switch (isa) {
+    case QAD_ISA_PORTABLE:
+        return &qad_kernels_portable;
+#if defined(QAD_HAVE_X86)
+    case QAD_ISA_AVX2:
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &qad_kernels_avx2 : nullptr;
+    case QAD_ISA_AVX512:
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+                   ? &qad_kernels_avx512
+                   : nullptr;
+#elif defined(QAD_HAVE_NEON)
+    case QAD_ISA_NEON:
+        return &qad_kernels_neon;
+#endif
+    default:
+        return nullptr;
+    }
+}
+
+int best_isa() {
+    const int from_best[] = {QAD_ISA_NEON, QAD_ISA_AVX512, QAD_ISA_AVX2};
+    for (int isa : from_best)
+        if (kernels_for(isa)) return isa;
+    return QAD_ISA_PORTABLE;
+}
+
+int chosen_isa = -1;
+
+const qad_kernels &kernels() { return *kernels_for(qad_get_isa()); }
+
+enum { MOST_THREADS = 64 };
+/* Below this a thread costs more than it saves. */
+const int64_t ELEMENTS_PER_THREAD = 1 << 18;
+
+template <typename Job> struct Share {
+    const Job *job;
+    int64_t (*work)(const Job *, int64_t, int64_t);
+    int64_t begin, end, result;
+    static void *run(void *self) {
+        Share *share = (Share *)self;
+        share->result = share->work(share->job, share->begin, share->end);
+        return nullptr;
+    }
+};
+
+/* Split [0, count) into runs of whole `unit`s, one per thread, none shorter than `smallest`, and add up what they
+ * return. A thread that cannot be started is replaced by the caller. */
+template <typename Job>
+int64_t split(const Job *job, int64_t (*work)(const Job *, int64_t, int64_t), int64_t count, int64_t unit,
+              int64_t smallest, int threads) {
+    if (threads > count / smallest) threads = (int)(count / smallest);
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads <= 1) return work(job, 0, count);
+    Share<Job> shares[MOST_THREADS];
+    pthread_t ids[MOST_THREADS];
+    bool started[MOST_THREADS] = {false};
+    const int64_t units = (count + unit - 1) / unit;
+    for (int t = 0; t < threads; ++t) {
+        const int64_t begin = units * t / threads * unit, end = units * (t + 1) / threads * unit;
+        shares[t] = {job, work, begin, end < count ? end : count, 0};
+        if (t) started[t] = pthread_create(&ids[t], nullptr, Share<Job>::run, &shares[t]) == 0;
+    }
+    for (int t = 0; t < threads; ++t)
+        if (!started[t]) Share<Job>::run(&shares[t]);
+    int64_t total = 0;
+    for (int t = 0; t < threads; ++t) {
+        if (started[t]) pthread_join(ids[t], nullptr);
+        total += shares[t].result;
+    }
+    return total;
+}
+
+int64_t split_blocks(const qad_fake_quantize_job &job, int64_t (*work)(const qad_fake_quantize_job *, int64_t, int64_t),
+                     int64_t blocks, int threads) {
+    return split(&job, work, blocks, QAD_BATCH / job.grid.block, ELEMENTS_PER_THREAD / job.grid.block, threads);
+}
+
+int64_t divergence_rows(const qad_divergence_job *job, int64_t begin, int64_t end) {
+    kernels().divergence(job, begin, end);
+    return 0;
+}
+
+uint32_t biased(int8_t code, int bits) { return ((uint32_t)(int32_t)code + (1u << (bits - 1))) & ((1u << bits) - 1u); }
+
+} // namespace
+
+extern "C" {
+
+int qad_api_version(void) { return QAD_API_VERSION; }
+
+int qad_get_isa(void) {
+    if (chosen_isa < 0) chosen_isa = best_isa();
+    return chosen_isa;
+}
+
+int qad_has_isa(int isa) { return kernels_for(isa) != nullptr; }
+
+int qad_set_isa(int isa) {
+    if (!kernels_for(isa)) return -1;
+    chosen_isa = isa;
+    return 0;
+}
+
+int64_t qad_fake_quantize(const void *weights, int weights_dtype, const float *scales, float *used_scales, void *out,
+                          int out_dtype, int64_t blocks, const qad_grid *grid, const qad_noise *noise, int threads) {
+    qad_fake_quantize_job job = {};
+    job.weights = weights;
+    job.weights_dtype = weights_dtype;
+    job.scales = scales;
+    job.used_scales = used_scales;
+    job.out = out;
+    job.out_dtype = out_dtype;
+    job.grid = *grid;
+    job.noise = *noise;
+    return split_blocks(job, kernels().fake_quantize, blocks, threads);
+}
+
+int64_t qad_fake_quantize_backward(void *grad, int grad_dtype, const void *weights, int weights_dtype,
+                                   const float *scales, float *grad_scales, int64_t blocks, const qad_grid *grid,
+                                   const qad_noise *noise, int threads) {
+    qad_fake_quantize_job job = {};
+    job.weights = weights;
+    job.weights_dtype = weights_dtype;
+    job.scales = scales;
+    job.grad_scales = grad_scales;
+    job.out = grad;
+    job.out_dtype = grad_dtype;
+    job.grid = *grid;
+    job.noise = *noise;
+    return split_blocks(job, kernels().backward, blocks, threads);
+}
+
+int64_t qad_quantize(const void *weights, int weights_dtype, const float *scales, int8_t *codes, uint16_t *out_scales,
+                     int64_t blocks, const qad_grid *grid, int threads) {
+    qad_fake_quantize_job job = {};
+    job.weights = weights;
+    job.weights_dtype = weights_dtype;
+    job.scales = scales;
+    job.codes = codes;
+    job.half_scales = out_scales;
+    job.grid = *grid;
+    return split_blocks(job, kernels().quantize, blocks, threads);
+}
+
+void qad_dequantize(const int8_t *codes, const uint16_t *scales, void *out, int out_dtype, int64_t blocks,
+                    const qad_grid *grid, int threads) {
+    qad_fake_quantize_job job = {};
+    job.codes = (int8_t *)codes;
+    job.stored_scales = scales;
+    job.out = out;
+    job.out_dtype = out_dtype;
+    job.grid = *grid;
+    split_blocks(job, kernels().dequantize, blocks, threads);
+}
+
+void qad_uniform16(float *out, int64_t count, uint32_t seed_low, uint32_t seed_high, uint32_t tensor, uint32_t step,
+                   uint32_t stream) {
+    kernels().uniform16(out, count, seed_low, seed_high, tensor, step, stream);
+}
+
+int qad_pack(const int8_t *codes, const uint16_t *scales, void *out, int64_t rows, int64_t columns,
+             const qad_grid *grid, int layout) {
+    const int bits = grid->bits, block = grid->block;
+    if ((bits != 4 && bits != 8) || columns % block) return -1;
+    uint8_t *bytes = (uint8_t *)out;
+    if (layout == QAD_LAYOUT_GGUF) {
+        if (block != 32) return -1;
+        for (int64_t b = 0; b < rows * columns / block; ++b) {
+            memcpy(bytes, scales + b, 2); /* little endian, like every machine this is built for */
+            bytes += 2;
+            if (bits == 8) {
+                memcpy(bytes, codes, 32);
+                bytes += 32;
+            } else {
+                for (int j = 0; j < 16; ++j) *bytes++ = (uint8_t)(biased(codes[j], 4) | biased(codes[j + 16], 4) << 4);
+            }
+            codes += 32;
+        }
+        return 0;
+    }
+    if (layout == QAD_LAYOUT_ONNX) {
+        for (int64_t i = 0; i < rows * columns; i += 8 / bits)
+            *bytes++ = (uint8_t)(bits == 8 ? biased(codes[i], 8) : biased(codes[i], 4) | biased(codes[i + 1], 4) << 4);
+        return 0;
+    }
+    if (layout == QAD_LAYOUT_GPTQ) {
+        const int per_word = 32 / bits;
+        enum { TILE = 64 }; /* rows at a time: their source lines and target words stay in the cache */
+        for (int64_t tile = 0; tile < rows; tile += TILE)
+            for (int64_t word = 0; word < columns / per_word; ++word)
+                for (int64_t row = tile; row < rows && row < tile + TILE; ++row) {
+                    uint32_t packed = 0;
+                    for (int k = 0; k < per_word; ++k)
+                        packed |= biased(codes[row * columns + word * per_word + k], bits) << (bits * k);
+                    memcpy(bytes + 4 * (word * rows + row), &packed, 4);
+                }
+        return 0;
+    }
+    return -1;
+}
+
+void qad_divergence(float *student, int64_t student_stride, const float *teacher, int64_t teacher_stride,
+                    const int64_t *labels, double *divergence, double *nll, int64_t tokens, int64_t vocabulary,
+                    int kind, float beta, float temperature, float next_token_weight, int keep_logits, int threads) {
+    const qad_divergence_job job = {student, student_stride, teacher,    teacher_stride, labels,      divergence,       nll,
+                                    vocabulary, kind,        beta,       temperature,    next_token_weight, keep_logits};
+    split(&job, divergence_rows, tokens, 1, 1, threads);
+}
+
+} // extern "C"

@@ -1,0 +1,364 @@
+/* One small vocabulary of vector operations over four instruction sets, so that each kernel is written once.
+ *
+ * The file that includes this is compiled once per instruction set, with QAD_ISA_NAME naming the namespace. Everything
+ * here has internal linkage: an inline function of a common name, compiled for AVX-512 and merged by the linker, would
+ * crash older machines.
+ *
+ * F: `width` floats. U: as many 32-bit words. D: width / 2 words of 64 bits. M: a comparison's result.
+ * max_of(a, b) and min_of(a, b) return b if either is NaN. No operation contracts a product and a sum unless it says so.
+ */
+#ifndef QAD_SIMD_H
+#define QAD_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define QAD_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(QAD_USE_AVX512)
+
+constexpr int width = 16;
+typedef __m512 F;
+typedef __m512i U;
+typedef __m512i D;
+typedef __mmask16 M;
+
+QAD_INLINE F load(const float *p) { return _mm512_loadu_ps(p); }
+QAD_INLINE void store(float *p, F a) { _mm512_storeu_ps(p, a); }
+QAD_INLINE U load_words(const uint32_t *p) { return _mm512_loadu_si512(p); }
+QAD_INLINE void store_words(uint32_t *p, U a) { _mm512_storeu_si512(p, a); }
+QAD_INLINE F set(float a) { return _mm512_set1_ps(a); }
+QAD_INLINE U set_words(uint32_t a) { return _mm512_set1_epi32((int)a); }
+QAD_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+QAD_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+QAD_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+QAD_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+QAD_INLINE F fused_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+QAD_INLINE F max_of(F a, F b) { return _mm512_max_ps(a, b); }
+QAD_INLINE F min_of(F a, F b) { return _mm512_min_ps(a, b); }
+QAD_INLINE U bits_of(F a) { return _mm512_castps_si512(a); }
+QAD_INLINE F float_of(U a) { return _mm512_castsi512_ps(a); }
+QAD_INLINE F convert(U a) { return _mm512_cvtepi32_ps(a); }
+QAD_INLINE U convert_to_int(F a) { return _mm512_cvtps_epi32(a); }
+QAD_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
+QAD_INLINE U bit_or(U a, U b) { return _mm512_or_si512(a, b); }
+QAD_INLINE U bit_xor(U a, U b) { return _mm512_xor_si512(a, b); }
+QAD_INLINE U add_words(U a, U b) { return _mm512_add_epi32(a, b); }
+QAD_INLINE U shift_left(U a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+QAD_INLINE U shift_right(U a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+QAD_INLINE U rotate_left_1(U a) { return _mm512_rol_epi32(a, 1); }
+QAD_INLINE U max_words(U a, U b) { return _mm512_max_epu32(a, b); }
+QAD_INLINE U min_words(U a, U b) { return _mm512_min_epu32(a, b); }
+QAD_INLINE M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+QAD_INLINE M less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+QAD_INLINE M both(M a, M b) { return (M)(a & b); }
+QAD_INLINE F keep_if(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
+QAD_INLINE F choose(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+QAD_INLINE uint32_t reduce_max(U a) { return _mm512_reduce_max_epu32(a); }
+QAD_INLINE float fold(F a) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a),
+                                      _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)));
+    __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+QAD_INLINE U widen(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+QAD_INLINE void narrow(uint16_t *p, U a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a)); }
+QAD_INLINE F load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+QAD_INLINE void store_half(uint16_t *p, F a) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+QAD_INLINE F load_codes(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+QAD_INLINE void store_codes(int8_t *p, F a) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
+}
+
+QAD_INLINE D set_long(uint64_t a) { return _mm512_set1_epi64((long long)a); }
+/* Calls in the order that interleave() needs. */
+QAD_INLINE D first_calls() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
+QAD_INLINE D add_long(D a, D b) { return _mm512_add_epi64(a, b); }
+QAD_INLINE D mul_low_words(D a, D b) { return _mm512_mul_epu32(a, b); }
+QAD_INLINE D high_word(D a) { return _mm512_srli_epi64(a, 32); }
+QAD_INLINE D xor_3(D a, D b, D c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+/* Low words of a, low words of b above them. */
+QAD_INLINE D join(D a, D b) { return _mm512_mask_shuffle_epi32(a, 0xaaaa, b, (_MM_PERM_ENUM)0x80); }
+QAD_INLINE void interleave(uint16_t *p, D first, D second) {
+    _mm512_storeu_si512(p, _mm512_unpacklo_epi64(first, second));
+    _mm512_storeu_si512(p + 32, _mm512_unpackhi_epi64(first, second));
+}
+
+#elif defined(QAD_USE_AVX2)
+
+constexpr int width = 8;
+typedef __m256 F;
+typedef __m256i U;
+typedef __m256i D;
+typedef __m256 M;
+
+QAD_INLINE F load(const float *p) { return _mm256_loadu_ps(p); }
+QAD_INLINE void store(float *p, F a) { _mm256_storeu_ps(p, a); }
+QAD_INLINE U load_words(const uint32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+QAD_INLINE void store_words(uint32_t *p, U a) { _mm256_storeu_si256((__m256i *)p, a); }
+QAD_INLINE F set(float a) { return _mm256_set1_ps(a); }
+QAD_INLINE U set_words(uint32_t a) { return _mm256_set1_epi32((int)a); }
+QAD_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+QAD_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+QAD_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+QAD_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+QAD_INLINE F fused_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+QAD_INLINE F max_of(F a, F b) { return _mm256_max_ps(a, b); }
+QAD_INLINE F min_of(F a, F b) { return _mm256_min_ps(a, b); }
+QAD_INLINE U bits_of(F a) { return _mm256_castps_si256(a); }
+QAD_INLINE F float_of(U a) { return _mm256_castsi256_ps(a); }
+QAD_INLINE F convert(U a) { return _mm256_cvtepi32_ps(a); }
+QAD_INLINE U convert_to_int(F a) { return _mm256_cvtps_epi32(a); }
+QAD_INLINE U bit_and(U a, U b) { return _mm256_and_si256(a, b); }
+QAD_INLINE U bit_or(U a, U b) { return _mm256_or_si256(a, b); }
+QAD_INLINE U bit_xor(U a, U b) { return _mm256_xor_si256(a, b); }
+QAD_INLINE U add_words(U a, U b) { return _mm256_add_epi32(a, b); }
+QAD_INLINE U shift_left(U a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+QAD_INLINE U shift_right(U a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+QAD_INLINE U rotate_left_1(U a) { return _mm256_or_si256(_mm256_add_epi32(a, a), _mm256_srli_epi32(a, 31)); }
+QAD_INLINE U max_words(U a, U b) { return _mm256_max_epu32(a, b); }
+QAD_INLINE U min_words(U a, U b) { return _mm256_min_epu32(a, b); }
+QAD_INLINE M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+QAD_INLINE M less_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+QAD_INLINE M both(M a, M b) { return _mm256_and_ps(a, b); }
+QAD_INLINE F keep_if(M m, F a) { return _mm256_and_ps(m, a); }
+QAD_INLINE F choose(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+QAD_INLINE uint32_t reduce_max(U a) {
+    __m128i half = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+QAD_INLINE float fold(F a) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+QAD_INLINE U widen(const uint16_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+QAD_INLINE void narrow(uint16_t *p, U a) {
+    const __m256i packed = _mm256_packus_epi32(a, a);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+QAD_INLINE F load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+QAD_INLINE void store_half(uint16_t *p, F a) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+QAD_INLINE F load_codes(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+QAD_INLINE void store_codes(int8_t *p, F a) {
+    const __m256i words = _mm256_cvtps_epi32(a);
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(halves, halves));
+}
+
+QAD_INLINE D set_long(uint64_t a) { return _mm256_set1_epi64x((long long)a); }
+QAD_INLINE D first_calls() { return _mm256_setr_epi64x(0, 2, 1, 3); }
+QAD_INLINE D add_long(D a, D b) { return _mm256_add_epi64(a, b); }
+QAD_INLINE D mul_low_words(D a, D b) { return _mm256_mul_epu32(a, b); }
+QAD_INLINE D high_word(D a) { return _mm256_srli_epi64(a, 32); }
+QAD_INLINE D xor_3(D a, D b, D c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+QAD_INLINE D join(D a, D b) { return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa); }
+QAD_INLINE void interleave(uint16_t *p, D first, D second) {
+    _mm256_storeu_si256((__m256i *)p, _mm256_unpacklo_epi64(first, second));
+    _mm256_storeu_si256((__m256i *)(p + 16), _mm256_unpackhi_epi64(first, second));
+}
+
+#elif defined(QAD_USE_NEON)
+
+constexpr int width = 4;
+typedef float32x4_t F;
+typedef uint32x4_t U;
+typedef uint64x2_t D;
+typedef uint32x4_t M;
+
+QAD_INLINE F load(const float *p) { return vld1q_f32(p); }
+QAD_INLINE void store(float *p, F a) { vst1q_f32(p, a); }
+QAD_INLINE U load_words(const uint32_t *p) { return vld1q_u32(p); }
+QAD_INLINE void store_words(uint32_t *p, U a) { vst1q_u32(p, a); }
+QAD_INLINE F set(float a) { return vdupq_n_f32(a); }
+QAD_INLINE U set_words(uint32_t a) { return vdupq_n_u32(a); }
+QAD_INLINE F add(F a, F b) { return vaddq_f32(a, b); }
+QAD_INLINE F sub(F a, F b) { return vsubq_f32(a, b); }
+QAD_INLINE F mul(F a, F b) { return vmulq_f32(a, b); }
+QAD_INLINE F div(F a, F b) { return vdivq_f32(a, b); }
+QAD_INLINE F fused_add(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+QAD_INLINE F max_of(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+QAD_INLINE F min_of(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+QAD_INLINE U bits_of(F a) { return vreinterpretq_u32_f32(a); }
+QAD_INLINE F float_of(U a) { return vreinterpretq_f32_u32(a); }
+QAD_INLINE F convert(U a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
+QAD_INLINE U convert_to_int(F a) { return vreinterpretq_u32_s32(vcvtnq_s32_f32(a)); }
+QAD_INLINE U bit_and(U a, U b) { return vandq_u32(a, b); }
+QAD_INLINE U bit_or(U a, U b) { return vorrq_u32(a, b); }
+QAD_INLINE U bit_xor(U a, U b) { return veorq_u32(a, b); }
+QAD_INLINE U add_words(U a, U b) { return vaddq_u32(a, b); }
+QAD_INLINE U shift_left(U a, int n) { return vshlq_u32(a, vdupq_n_s32(n)); }
+QAD_INLINE U shift_right(U a, int n) { return vshlq_u32(a, vdupq_n_s32(-n)); }
+QAD_INLINE U rotate_left_1(U a) { return vorrq_u32(vaddq_u32(a, a), vshrq_n_u32(a, 31)); }
+QAD_INLINE U max_words(U a, U b) { return vmaxq_u32(a, b); }
+QAD_INLINE U min_words(U a, U b) { return vminq_u32(a, b); }
+QAD_INLINE M less(F a, F b) { return vcltq_f32(a, b); }
+QAD_INLINE M less_equal(F a, F b) { return vcleq_f32(a, b); }
+QAD_INLINE M both(M a, M b) { return vandq_u32(a, b); }
+QAD_INLINE F keep_if(M m, F a) { return float_of(vandq_u32(m, bits_of(a))); }
+QAD_INLINE F choose(M m, F a, F b) { return vbslq_f32(m, a, b); }
+QAD_INLINE uint32_t reduce_max(U a) { return vmaxvq_u32(a); }
+QAD_INLINE float fold(F a) {
+    const float32x2_t half = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+    return vget_lane_f32(half, 0) + vget_lane_f32(half, 1);
+}
+QAD_INLINE U widen(const uint16_t *p) { return vmovl_u16(vld1_u16(p)); }
+QAD_INLINE void narrow(uint16_t *p, U a) { vst1_u16(p, vmovn_u32(a)); }
+QAD_INLINE F load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+QAD_INLINE void store_half(uint16_t *p, F a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+QAD_INLINE F load_codes(const int8_t *p) {
+    int32_t packed;
+    memcpy(&packed, p, 4);
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(packed)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
+QAD_INLINE void store_codes(int8_t *p, F a) {
+    const int16x4_t halves = vmovn_s32(vcvtnq_s32_f32(a));
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(halves, halves));
+    const int32_t packed = vget_lane_s32(vreinterpret_s32_s8(bytes), 0);
+    memcpy(p, &packed, 4);
+}
+
+QAD_INLINE D set_long(uint64_t a) { return vdupq_n_u64(a); }
+QAD_INLINE D first_calls() { return vcombine_u64(vcreate_u64(0), vcreate_u64(1)); }
+QAD_INLINE D add_long(D a, D b) { return vaddq_u64(a, b); }
+QAD_INLINE D mul_low_words(D a, D b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
+QAD_INLINE D high_word(D a) { return vshrq_n_u64(a, 32); }
+QAD_INLINE D xor_3(D a, D b, D c) { return veorq_u64(veorq_u64(a, b), c); }
+QAD_INLINE D join(D a, D b) { return vsliq_n_u64(a, b, 32); }
+QAD_INLINE void interleave(uint16_t *p, D first, D second) {
+    vst1q_u16(p, vreinterpretq_u16_u64(vzip1q_u64(first, second)));
+    vst1q_u16(p + 8, vreinterpretq_u16_u64(vzip2q_u64(first, second)));
+}
+
+#else /* any machine: the compiler's own vectors of four lanes */
+
+constexpr int width = 4;
+typedef float F __attribute__((vector_size(16)));
+typedef uint32_t U __attribute__((vector_size(16)));
+typedef int32_t Signed __attribute__((vector_size(16)));
+typedef uint64_t D __attribute__((vector_size(16)));
+typedef U M;
+
+QAD_INLINE F load(const float *p) { F r; memcpy(&r, p, sizeof r); return r; }
+QAD_INLINE void store(float *p, F a) { memcpy(p, &a, sizeof a); }
+QAD_INLINE U load_words(const uint32_t *p) { U r; memcpy(&r, p, sizeof r); return r; }
+QAD_INLINE void store_words(uint32_t *p, U a) { memcpy(p, &a, sizeof a); }
+QAD_INLINE F set(float a) { return F{a, a, a, a}; }
+QAD_INLINE U set_words(uint32_t a) { return U{a, a, a, a}; }
+QAD_INLINE U bits_of(F a) { return (U)a; }
+QAD_INLINE F float_of(U a) { return (F)a; }
+QAD_INLINE U choose_words(U m, U a, U b) { return (m & a) | (~m & b); }
+QAD_INLINE F choose(M m, F a, F b) { return (F)choose_words(m, (U)a, (U)b); }
+QAD_INLINE F keep_if(M m, F a) { return (F)(m & (U)a); }
+QAD_INLINE F add(F a, F b) { return a + b; }
+QAD_INLINE F sub(F a, F b) { return a - b; }
+QAD_INLINE F mul(F a, F b) { return a * b; }
+QAD_INLINE F div(F a, F b) { return a / b; }
+/* Callers use fused_add only where the product is exact, or where the last bit does not matter. */
+QAD_INLINE F fused_add(F a, F b, F c) { return a * b + c; }
+QAD_INLINE F max_of(F a, F b) { return choose((U)(a > b), a, b); }
+QAD_INLINE F min_of(F a, F b) { return choose((U)(a < b), a, b); }
+QAD_INLINE F convert(U a) { return __builtin_convertvector((Signed)a, F); }
+/* Half to even, for magnitudes below 2^22. */
+QAD_INLINE U convert_to_int(F a) {
+    const F magic = set(12582912.0f);
+    return (U)__builtin_convertvector((a + magic) - magic, Signed);
+}
+QAD_INLINE U bit_and(U a, U b) { return a & b; }
+QAD_INLINE U bit_or(U a, U b) { return a | b; }
+QAD_INLINE U bit_xor(U a, U b) { return a ^ b; }
+QAD_INLINE U add_words(U a, U b) { return a + b; }
+QAD_INLINE U shift_left(U a, int n) { return a << n; }
+QAD_INLINE U shift_right(U a, int n) { return a >> n; }
+QAD_INLINE U rotate_left_1(U a) { return (a << 1) | (a >> 31); }
+QAD_INLINE U max_words(U a, U b) { return choose_words((U)(a > b), a, b); }
+QAD_INLINE U min_words(U a, U b) { return choose_words((U)(a < b), a, b); }
+QAD_INLINE M less(F a, F b) { return (U)(a < b); }
+QAD_INLINE M less_equal(F a, F b) { return (U)(a <= b); }
+QAD_INLINE M both(M a, M b) { return a & b; }
+QAD_INLINE uint32_t reduce_max(U a) {
+    const uint32_t low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];
+    return low > high ? low : high;
+}
+QAD_INLINE float fold(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+QAD_INLINE U widen(const uint16_t *p) {
+    uint16_t four[4];
+    memcpy(four, p, sizeof four);
+    return U{four[0], four[1], four[2], four[3]};
+}
+QAD_INLINE void narrow(uint16_t *p, U a) {
+    const uint16_t four[4] = {(uint16_t)a[0], (uint16_t)a[1], (uint16_t)a[2], (uint16_t)a[3]};
+    memcpy(p, four, sizeof four);
+}
+/* fp16 by its definition: subnormals through an exact product, infinities and NaNs by their exponent. */
+QAD_INLINE F load_half(const uint16_t *p) {
+    const U half = widen(p), magnitude = half & 0x7fffu, moved = magnitude << 13;
+    U bits = (U)((F)moved * set(0x1p112f));
+    bits = choose_words((U)(magnitude >= 0x7c00u), moved | 0x7f800000u, bits);
+    bits |= (U)(magnitude > 0x7c00u) & 0x00400000u;
+    return (F)(bits | (half & 0x8000u) << 16);
+}
+QAD_INLINE void store_half(uint16_t *p, F a) {
+    const U sign = ((U)a >> 16) & 0x8000u, magnitude = (U)a & 0x7fffffffu;
+    /* Below 2^-14, adding 1/2 leaves the multiples of 2^-24 in the significand, rounded half to even. */
+    const U tiny = (U)((F)magnitude + set(0.5f)) - 0x3f000000u;
+    U half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    half = choose_words((U)(magnitude < 0x38800000u), tiny, half);
+    half = choose_words((U)(magnitude >= 0x477ff000u), set_words(0x7c00u), half); /* rounds to 2^16 or more */
+    half = choose_words((U)(magnitude > 0x7f800000u), 0x7e00u | ((magnitude >> 13) & 0x3ffu), half);
+    narrow(p, half | sign);
+}
+QAD_INLINE F load_codes(const int8_t *p) { return F{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
+QAD_INLINE void store_codes(int8_t *p, F a) {
+    for (int i = 0; i < 4; ++i) p[i] = (int8_t)(int32_t)a[i];
+}
+
+QAD_INLINE D set_long(uint64_t a) { return D{a, a}; }
+QAD_INLINE D first_calls() { return D{0, 1}; }
+QAD_INLINE D add_long(D a, D b) { return a + b; }
+QAD_INLINE D mul_low_words(D a, D b) {
+    return D{(a[0] & 0xffffffffu) * (b[0] & 0xffffffffu), (a[1] & 0xffffffffu) * (b[1] & 0xffffffffu)};
+}
+QAD_INLINE D high_word(D a) { return a >> 32; }
+QAD_INLINE D xor_3(D a, D b, D c) { return a ^ b ^ c; }
+QAD_INLINE D join(D a, D b) { return (a & 0xffffffffu) | (b << 32); }
+QAD_INLINE void interleave(uint16_t *p, D first, D second) {
+    const uint64_t words[4] = {first[0], second[0], first[1], second[1]};
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 4; ++k) p[4 * i + k] = (uint16_t)(words[i] >> (16 * k));
+}
+
+#endif
+
+/* ---- the same on every instruction set ---- */
+
+QAD_INLINE F load_bfloat(const uint16_t *p) { return float_of(shift_left(widen(p), 16)); }
+/* Half to even; a NaN becomes the quiet NaN, or the rounding would carry its payload into an infinity. */
+QAD_INLINE void store_bfloat(uint16_t *p, F a) {
+    const U bits = bits_of(a);
+    const U odd = bit_and(shift_right(bits, 16), set_words(1));
+    const U rounded = shift_right(add_words(bits, add_words(odd, set_words(0x7fff))), 16);
+    narrow(p, bits_of(choose(less_equal(a, a), float_of(rounded), float_of(set_words(0x7fc0)))));
+}
+
+} // namespace
+#endif

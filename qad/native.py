@@ -1,0 +1,505 @@
+"""The kernels of csrc/cpu: compiled on first use with the system's C++ compiler, cached by content, called by ctypes.
+
+Nothing happens on import. The first call compiles csrc/ once for every instruction set this kind of processor may have
+and keeps the library in the user's cache folder under a hash of sources, flags and compiler; the library itself chooses
+an instruction set when it is loaded, so a cache may be shared between machines. Each process that finds no library
+builds its own in a temporary folder and renames it into place: no lock can go stale, and what is given up is the work
+of those that come second.
+
+Shapes: N output features, K input features, G blocks along K, T tokens, V vocabulary.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qad.errors import UserError
+from qad.grid import Grid
+from qad.noise import NOISE_MODES, Noise
+
+API_VERSION = 1
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")  # in the order of csrc/qad.h
+LAYOUTS = ("gguf", "gptq", "onnx")
+DIVERGENCES = ("forward", "reverse", "jsd")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SOURCES = Path(__file__).with_name("csrc")
+# No contraction: a fused product and sum would round once where the reference rounds twice.
+_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti")
+_X86 = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
+
+
+class NativeUnavailable(Exception):
+    """There is no library to call; the message says why and what would help."""
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = (
+        ("bits", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("code_min", ctypes.c_int32),
+        ("code_max", ctypes.c_int32),
+        ("signed_scale", ctypes.c_int32),
+        ("scale_bits", ctypes.c_int32),
+        ("scale_floor", ctypes.c_float),
+        ("scale_ceiling", ctypes.c_float),
+    )
+
+
+class _Noise(ctypes.Structure):
+    _fields_ = (
+        ("mode", ctypes.c_int32),
+        ("hard_share", ctypes.c_float),
+        ("seed_low", ctypes.c_uint32),
+        ("seed_high", ctypes.c_uint32),
+        ("tensor", ctypes.c_uint32),
+        ("step", ctypes.c_uint32),
+    )
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One object file."""
+
+    source: str
+    name: str
+    flags: tuple[str, ...]
+
+
+def _units(machine: str) -> list[_Unit]:
+    """Return what is compiled for a kind of processor, the slowest first."""
+    units = [_Unit("cpu/kernels.cpp", "portable", ("-DQAD_KERNELS=qad_kernels_portable",))]
+    api: tuple[str, ...] = ()
+    if machine in ("x86_64", "amd64"):
+        api = ("-DQAD_HAVE_X86",)
+        for name, flags in _X86.items():
+            defines = (f"-DQAD_USE_{name.upper()}", f"-DQAD_KERNELS=qad_kernels_{name}")
+            units.append(_Unit("cpu/kernels.cpp", name, flags + defines))
+    elif machine in ("aarch64", "arm64"):
+        api = ("-DQAD_HAVE_NEON",)
+        units.append(_Unit("cpu/kernels.cpp", "neon", ("-DQAD_USE_NEON", "-DQAD_KERNELS=qad_kernels_neon")))
+    return [*units, _Unit("cpu/api.cpp", "api", api)]
+
+
+def find_compiler() -> list[str]:
+    """Return the command of the C++ compiler: ``$CXX``, c++, g++ or clang++.
+
+    Raises:
+        NativeUnavailable: There is none.
+    """
+    if chosen := os.environ.get("CXX"):
+        return shlex.split(chosen)
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    raise NativeUnavailable("no C++ compiler found: install g++ or clang++ (Debian: apt install g++), or set CXX")
+
+
+def _run(commands: Sequence[list[str]]) -> None:
+    """Run commands at the same time and wait for all of them.
+
+    Raises:
+        NativeUnavailable: One failed.
+    """
+    try:
+        running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    except OSError as error:
+        raise NativeUnavailable(f"the C++ compiler cannot be run: {error}") from None
+    failures = [
+        f"{shlex.join(command)}\n{errors.strip()}"
+        for command, process in zip(commands, running, strict=True)
+        if (errors := process.communicate()[1]) is not None and process.returncode
+    ]
+    if failures:
+        raise NativeUnavailable("the kernels do not compile:\n" + failures[0])
+
+
+def build(
+    target: Path, compiler: Sequence[str] | None = None, flags: Sequence[str] = (), machine: str | None = None
+) -> None:
+    """Compile csrc/cpu to a shared library.
+
+    Args:
+        target: The library to write; appears whole or not at all.
+        compiler: Command of the compiler; found if None.
+        flags: More flags, for every file and the linker.
+        machine: Kind of processor, as ``platform.machine()`` names it; this one if None.
+
+    Raises:
+        NativeUnavailable: No compiler, or it fails.
+    """
+    command = list(compiler or find_compiler())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
+        units = _units((machine or platform.machine()).lower())
+        objects = [str(Path(folder) / f"{unit.name}.o") for unit in units]
+        _run(
+            [
+                [*command, *_FLAGS, *unit.flags, *flags, "-c", str(SOURCES / unit.source), "-o", compiled]
+                for unit, compiled in zip(units, objects, strict=True)
+            ]
+        )
+        linked = str(Path(folder) / target.name)
+        _run([[*command, *flags, "-shared", "-pthread", "-o", linked, *objects]])
+        os.replace(linked, target)
+
+
+def cache_folder() -> Path:
+    """Return where built libraries are kept: ``$XDG_CACHE_HOME/qad`` or ``~/.cache/qad``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qad"
+
+
+def library_path(compiler: Sequence[str]) -> Path:
+    """Return where the library of these sources, flags and compiler belongs."""
+    digest = hashlib.sha256()
+    for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("cpu/*")]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise NativeUnavailable(f"the C++ compiler {shlex.join(compiler)} cannot be run: {error}") from None
+    digest.update(repr((_FLAGS, _units(platform.machine().lower()), sys.platform, list(compiler), version)).encode())
+    return cache_folder() / f"native-{digest.hexdigest()[:16]}" / "libqad.so"
+
+
+def _bind(path: Path) -> ctypes.CDLL:
+    """Load a library and declare its functions."""
+    library = ctypes.CDLL(str(path))
+    pointer, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    word, real = ctypes.c_uint32, ctypes.c_float
+    grid, noise = ctypes.POINTER(_Grid), ctypes.POINTER(_Noise)
+    signatures = {
+        "qad_api_version": (whole, []),
+        "qad_get_isa": (whole, []),
+        "qad_has_isa": (whole, [whole]),
+        "qad_set_isa": (whole, [whole]),
+        "qad_fake_quantize": (long, [pointer, whole, pointer, pointer, pointer, whole, long, grid, noise, whole]),
+        "qad_fake_quantize_backward": (
+            long,
+            [pointer, whole, pointer, whole, pointer, pointer, long, grid, noise, whole],
+        ),
+        "qad_quantize": (long, [pointer, whole, pointer, pointer, pointer, long, grid, whole]),
+        "qad_dequantize": (None, [pointer, pointer, pointer, whole, long, grid, whole]),
+        "qad_pack": (whole, [pointer, pointer, pointer, long, long, grid, whole]),
+        "qad_uniform16": (None, [pointer, long, word, word, word, word, word]),
+        "qad_divergence": (
+            None,
+            [
+                pointer,
+                long,
+                pointer,
+                long,
+                pointer,
+                pointer,
+                pointer,
+                long,
+                long,
+                whole,
+                real,
+                real,
+                real,
+                whole,
+                whole,
+            ],
+        ),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if (version := library.qad_api_version()) != API_VERSION:
+        raise NativeUnavailable(f"{path} speaks version {version} of the kernels' interface, not {API_VERSION}")
+    return library
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """Return the library, built if need be, or why there is none. Asked once per process."""
+    try:
+        compiler = find_compiler()
+        path = library_path(compiler)
+        if not path.exists():
+            build(path, compiler)
+        return _bind(path)
+    except NativeUnavailable as error:
+        return str(error)
+    except OSError as error:
+        return f"{error}; the cache folder is {cache_folder()}, and XDG_CACHE_HOME can name another place"
+
+
+def available() -> str | None:
+    """Return None if the kernels can be called, else the reason. The first call may compile for a second or two."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def library() -> ctypes.CDLL:
+    """Return the library.
+
+    Raises:
+        NativeUnavailable: See ``available``.
+    """
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise NativeUnavailable(loaded)
+    return loaded
+
+
+def instruction_set() -> str:
+    """Return the name of the instruction set in use."""
+    return INSTRUCTION_SETS[library().qad_get_isa()]
+
+
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that this machine can run."""
+    return [name for index, name in enumerate(INSTRUCTION_SETS) if library().qad_has_isa(index)]
+
+
+def force_instruction_set(name: str) -> None:
+    """Use another instruction set from now on. All give the same bits; this is for tests and benchmarks.
+
+    Raises:
+        ValueError: This machine cannot run it.
+    """
+    if library().qad_set_isa(INSTRUCTION_SETS.index(name)):
+        raise ValueError(f"this machine cannot run {name}; it can run {', '.join(instruction_sets())}")
+
+
+def _c_grid(grid: Grid) -> _Grid:
+    return _Grid(
+        grid.bits,
+        grid.block,
+        grid.code_min,
+        grid.code_max,
+        grid.signed_scale,
+        grid.scale_bits,
+        grid.scale_floor,
+        grid.scale_ceiling,
+    )
+
+
+def _c_noise(noise: Noise) -> _Noise:
+    seed = noise.seed & 0xFFFFFFFFFFFFFFFF
+    words = (seed & 0xFFFFFFFF, seed >> 32, noise.tensor & 0xFFFFFFFF, noise.step & 0xFFFFFFFF)
+    return _Noise(NOISE_MODES.index(noise.mode), noise.hard_share, *words)
+
+
+def _address(tensor: Tensor | None, count: int | None = None, dtype: torch.dtype | None = None) -> int | None:
+    """Return a tensor's address, after making sure that C may walk over it."""
+    if tensor is None:
+        return None
+    assert tensor.device.type == "cpu", tensor.device
+    assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
+    assert count is None or tensor.numel() == count, (tensor.shape, count)
+    assert dtype is None or tensor.dtype == dtype, (tensor.dtype, dtype)
+    return tensor.data_ptr()
+
+
+def supports(*tensors: Tensor | None) -> bool:
+    """Return whether all these are contiguous CPU tensors of a float type that the kernels know."""
+    return all(t is None or (t.device.type == "cpu" and t.is_contiguous() and t.dtype in _DTYPES) for t in tensors)
+
+
+def _blocks(tensor: Tensor, grid: Grid) -> int:
+    assert tensor.shape[-1] % grid.block == 0, (tensor.shape, grid)
+    return tensor.numel() // grid.block
+
+
+def fake_quantize(
+    master_NK: Tensor, scales_NG: Tensor | None, grid: Grid, noise: Noise, out: Tensor, used_scales_NG: Tensor | None
+) -> int:
+    """Write the weights that forward uses to ``out``; see ``qad.fake_quant.fake_quantize``.
+
+    Returns:
+        How many blocks hold a number that is not finite.
+    """
+    blocks = _blocks(master_NK, grid)
+    return library().qad_fake_quantize(
+        _address(master_NK),
+        _DTYPES[master_NK.dtype],
+        _address(scales_NG, blocks, torch.float32),
+        _address(used_scales_NG, blocks, torch.float32),
+        _address(out, master_NK.numel()),
+        _DTYPES[out.dtype],
+        blocks,
+        _c_grid(grid),
+        _c_noise(noise),
+        torch.get_num_threads(),
+    )
+
+
+def fake_quantize_backward(
+    grad_NK: Tensor,
+    master_NK: Tensor,
+    scales_NG: Tensor | None,
+    grid: Grid,
+    noise: Noise,
+    grad_scales_NG: Tensor | None,
+) -> int:
+    """Mask ``grad_NK`` in place; fill ``grad_scales_NG`` if given. See ``qad.fake_quant.fake_quantize_backward``.
+
+    Returns:
+        How many blocks hold a number that is not finite.
+    """
+    blocks = _blocks(master_NK, grid)
+    return library().qad_fake_quantize_backward(
+        _address(grad_NK, master_NK.numel()),
+        _DTYPES[grad_NK.dtype],
+        _address(master_NK),
+        _DTYPES[master_NK.dtype],
+        _address(scales_NG, blocks, torch.float32),
+        _address(grad_scales_NG, blocks, torch.float32),
+        blocks,
+        _c_grid(grid),
+        _c_noise(noise),
+        torch.get_num_threads(),
+    )
+
+
+def quantize(weight_NK: Tensor, scales_NG: Tensor | None, grid: Grid, codes_NK: Tensor, stored_NG: Tensor) -> int:
+    """Write int8 codes and float16 scales; see ``qad.tensor.quantize``.
+
+    Returns:
+        How many blocks hold a number that is not finite.
+    """
+    blocks = _blocks(weight_NK, grid)
+    return library().qad_quantize(
+        _address(weight_NK),
+        _DTYPES[weight_NK.dtype],
+        _address(scales_NG, blocks, torch.float32),
+        _address(codes_NK, weight_NK.numel(), torch.int8),
+        _address(stored_NG, blocks, torch.float16),
+        blocks,
+        _c_grid(grid),
+        torch.get_num_threads(),
+    )
+
+
+def dequantize(codes_NK: Tensor, scales_NG: Tensor, grid: Grid, out: Tensor) -> None:
+    """Write the weights that a device decodes to ``out``; see ``qad.tensor.dequantize``."""
+    blocks = _blocks(codes_NK, grid)
+    library().qad_dequantize(
+        _address(codes_NK, dtype=torch.int8),
+        _address(scales_NG, blocks, torch.float16),
+        _address(out, codes_NK.numel()),
+        _DTYPES[out.dtype],
+        blocks,
+        _c_grid(grid),
+        torch.get_num_threads(),
+    )
+
+
+def pack(codes_NK: Tensor, scales_NG: Tensor, grid: Grid, layout: str) -> Tensor:
+    """Return codes as a file stores them; see ``qad.pack``.
+
+    Args:
+        codes_NK: int8.
+        scales_NG: float16; only the layout ``gguf`` stores them beside the codes.
+        grid: The grid.
+        layout: ``gguf``, ``gptq`` or ``onnx``.
+
+    Returns:
+        uint8 [N, bytes of a row] for gguf, uint8 [N, G, block * bits / 8] for onnx, int32 [K * bits / 32, N] for gptq.
+
+    Raises:
+        UserError: The layout cannot hold such a tensor.
+    """
+    rows, columns = codes_NK.shape
+    groups = columns // grid.block
+    shapes = {
+        "gguf": ((rows, groups * (2 + grid.block * grid.bits // 8)), torch.uint8),
+        "gptq": ((columns * grid.bits // 32, rows), torch.int32),
+        "onnx": ((rows, groups, grid.block * grid.bits // 8), torch.uint8),
+    }
+    shape, dtype = shapes[layout]
+    out = torch.empty(shape, dtype=dtype)
+    failed = library().qad_pack(
+        _address(codes_NK, dtype=torch.int8),
+        _address(scales_NG, rows * groups, torch.float16),
+        out.data_ptr(),
+        rows,
+        columns,
+        _c_grid(grid),
+        LAYOUTS.index(layout),
+    )
+    if failed:
+        raise UserError(f"the layout {layout} cannot hold {rows} x {columns} codes of {grid.name}")
+    return out
+
+
+def uniform16(count: int, *, seed: int, tensor: int, step: int, stream: int = 0) -> Tensor:
+    """Return the random values of ``qad.philox.uniform16``."""
+    out = torch.empty(count, dtype=torch.float32)
+    words = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, tensor, step, stream)
+    library().qad_uniform16(out.data_ptr(), count, *words)
+    return out
+
+
+def divergence(
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    labels_T: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float,
+    next_token_weight: float,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor]:
+    """Overwrite float32 student logits with the gradient of the distillation loss; see csrc/qad.h.
+
+    Args:
+        student_TV, teacher_TV: float32 logits; rows may lie apart, a row's entries may not.
+        labels_T: int64 next tokens, negative for none.
+        kind: One of ``DIVERGENCES``.
+        beta, temperature, next_token_weight: See ``qad.losses.LossSettings``.
+        keep_logits: Leave the student's logits as they are.
+
+    Returns:
+        float64 divergence_T at that temperature and nll_T at temperature 1.
+    """
+    tokens, vocabulary = student_TV.shape
+    for logits in (student_TV, teacher_TV):
+        assert logits.shape == student_TV.shape, (logits.shape, student_TV.shape)
+        assert logits.dtype == torch.float32, logits.dtype
+        assert logits.stride(1) == 1 or vocabulary == 1, logits.stride()
+    value_T, nll_T = torch.empty(tokens, dtype=torch.float64), torch.empty(tokens, dtype=torch.float64)
+    library().qad_divergence(
+        student_TV.data_ptr(),
+        student_TV.stride(0),
+        teacher_TV.data_ptr(),
+        teacher_TV.stride(0),
+        _address(labels_T, tokens, torch.int64),
+        value_T.data_ptr(),
+        nll_T.data_ptr(),
+        tokens,
+        vocabulary,
+        DIVERGENCES.index(kind),
+        beta,
+        temperature,
+        next_token_weight,
+        keep_logits,
+        torch.get_num_threads(),
+    )
+    return value_T, nll_T
+
+
+def describe() -> str:
+    """Return in a few words which kernels run on the CPU, or why none do."""
+    if reason := available():
+        return f"plain torch ({reason})"
+    return f"native, {instruction_set()} (of {', '.join(instruction_sets())})"
