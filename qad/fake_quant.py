@@ -11,8 +11,9 @@ mode, so that one number moves training from noise to the device's rounding:
     partial     the block is left unquantized (Fan et al., Quant-Noise, arXiv 2004.07320)
 
 All of them clip to the grid's range. A block that holds an infinity or a NaN, or whose scale is NaN, comes out as NaN,
-all of it, and passes no gradient: a damaged weight shows in the next loss instead of spreading or hiding. Given up: exactness of the expected gradient; straight-through is biased, and
-clipping cuts the gradient of masters that lie outside the range.
+all of it, and passes no gradient: a damaged weight shows in the next loss instead of spreading or hiding. Given up:
+exactness of the expected gradient; straight-through is biased, and clipping cuts the gradient of masters that lie
+outside the range.
 
 Shapes: N output features, K input features, G blocks along K.
 """

@@ -154,9 +154,9 @@ def build(
                 for unit, compiled in zip(units, objects, strict=True)
             ]
         )
-        linked = str(Path(folder) / target.name)
-        _run([[*command, *flags, "-shared", "-pthread", "-o", linked, *objects]])
-        os.replace(linked, target)
+        linked = Path(folder) / target.name
+        _run([[*command, *flags, "-shared", "-pthread", "-o", str(linked), *objects]])
+        linked.replace(target)
 
 
 def cache_folder() -> Path:
