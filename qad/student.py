@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from qad.errors import unknown_name
-from qad.fake_quant import HARD, Noise, fake_quantize, fake_quantize_backward
 from qad.grid import Grid
+from qad.noise import HARD, Noise
+from qad.ops import fake_quantize, fake_quantize_backward
 from qad.rounding import Rounded
 from qad.tensor import QuantizedTensor, mse_scales, quantize
 
@@ -129,7 +130,11 @@ class Masters(nn.Module):
 
     @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedTensor]:
-        """Return codes and scales of every quantized parameter, as hard rounding gives them."""
+        """Return codes and scales of every quantized parameter, as hard rounding gives them.
+
+        By the reference and not by a kernel: where an artifact is saved its weights are compared with those of
+        forward, which thereby checks the kernels that made them.
+        """
         return {
             entry.name: quantize(entry.master.data, entry.grid, entry.scales.data, entry.name)
             for entry in self._entries

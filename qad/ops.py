@@ -1,0 +1,224 @@
+"""One call per operation: the kernel that fits the tensors, or else the plain-torch reference, with the same bits.
+
+Two doors lead in. ``fake_quantize`` and ``fake_quantize_backward`` work on buffers that the caller owns; the trainer
+goes through them. ``torch.ops.qad.*`` are the same as operators that PyTorch knows (schemas, shapes without data,
+gradients), so that a model that calls them can be traced by ``torch.compile(fullgraph=True)`` and exported; what they
+give up is the owned buffer: an operator returns new tensors.
+
+Shapes: N output features, K input features, G blocks along K, C tokens, V vocabulary.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qad import fake_quant as reference
+from qad import native
+from qad.grid import Grid, get_grid
+from qad.noise import HARD, Noise
+
+
+def _cuda() -> ModuleType:
+    """Return the module of CUDA kernels, which only a machine that has such a device needs to load."""
+    from qad import native_cuda
+
+    return native_cuda
+
+
+def _kernels(*tensors: Tensor | None) -> ModuleType | None:
+    """Return the module of kernels that can take these tensors, or None for the reference."""
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    if device.type == "cpu":
+        return native if native.supports(*tensors) and native.available() is None else None
+    if device.type == "cuda":
+        return _cuda() if _cuda().supports(*tensors) and _cuda().available(device) is None else None
+    return None
+
+
+def describe(device: torch.device) -> str:
+    """Return in a few words which implementation runs on a device, and why none better does."""
+    if device.type == "cpu":
+        return native.describe()
+    if device.type == "cuda":
+        return _cuda().describe(device)
+    return f"plain torch (there are no kernels for {device.type})"
+
+
+def why_reference(device: torch.device) -> str | None:
+    """Return why the slow reference runs on a device, or None if kernels do."""
+    if device.type == "cpu":
+        return native.available()
+    if device.type == "cuda":
+        return _cuda().available(device)
+    return f"there are no kernels for {device.type}"
+
+
+def fake_quantize(
+    master_NK: Tensor,
+    scales_NG: Tensor | None,
+    grid: Grid,
+    noise: Noise = HARD,
+    out: Tensor | None = None,
+    used_scales_NG: Tensor | None = None,
+) -> Tensor:
+    """Return the weights that forward uses: ``qad.fake_quant.fake_quantize``, by the fastest kernel at hand.
+
+    Args:
+        master_NK: float32, bfloat16 or float16.
+        scales_NG: float32 scales, or None for each block's absmax scale.
+        grid: The grid.
+        noise: The noise of this step.
+        out: Buffer to write to, of any of these dtypes.
+        used_scales_NG: float32 buffer that receives the rounded scales; may be ``scales_NG`` itself.
+    """
+    out = torch.empty_like(master_NK, memory_format=torch.contiguous_format) if out is None else out
+    kernels = _kernels(master_NK, scales_NG, out, used_scales_NG)
+    if kernels is None:
+        return reference.fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG)
+    kernels.fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG)
+    return out
+
+
+def fake_quantize_backward(
+    grad_NK: Tensor, master_NK: Tensor, scales_NG: Tensor | None, grid: Grid, noise: Noise = HARD, *, learn_scales: bool
+) -> Tensor | None:
+    """Turn the gradient of the forward weights, in place, into that of the masters; return that of the scales.
+
+    See ``qad.fake_quant.fake_quantize_backward``.
+    """
+    kernels = _kernels(grad_NK, master_NK, scales_NG)
+    if kernels is None:
+        return reference.fake_quantize_backward(grad_NK, master_NK, scales_NG, grid, noise, learn_scales=learn_scales)
+    grad_scales_NG = None
+    if learn_scales:
+        groups = master_NK.shape[1] // grid.block
+        grad_scales_NG = torch.empty(master_NK.shape[0], groups, dtype=torch.float32, device=master_NK.device)
+    kernels.fake_quantize_backward(grad_NK, master_NK, scales_NG, grid, noise, grad_scales_NG)
+    return grad_scales_NG
+
+
+# ---- operators of PyTorch. A grid goes in by name and noise by its fields: schemas know no classes of ours. ----
+
+
+def _noise_of(mode: str, hard_share: float, seed: int, tensor: int, step: int) -> Noise:
+    return Noise(mode, hard_share, seed & 0xFFFFFFFFFFFFFFFF, tensor, step)
+
+
+@torch.library.custom_op("qad::fake_quantize", mutates_args=())
+def fake_quantize_op(
+    master: Tensor, scales: Tensor | None, grid: str, noise: str, hard_share: float, seed: int, tensor: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Return the weights that forward uses, and the rounded scales that they are on.
+
+    Args:
+        master: Weights [N, K]; float32, bfloat16 or float16, which the result has too.
+        scales: float32 [N, G], or None for absmax scales. Receives a gradient if it requires one.
+        grid: Name of the grid.
+        noise: Noise mode. hard_share, seed, tensor, step: See ``qad.noise.Noise``; a seed beyond int64 wraps.
+    """
+    which = get_grid(grid)
+    master = master.contiguous()
+    used = torch.empty(master.shape[0], master.shape[1] // which.block, dtype=torch.float32, device=master.device)
+    given = None if scales is None else scales.contiguous()
+    drawn = _noise_of(noise, hard_share, seed, tensor, step)
+    return fake_quantize(master, given, which, drawn, used_scales_NG=used), used
+
+
+@fake_quantize_op.register_fake
+def _(
+    master: Tensor, scales: Tensor | None, grid: str, noise: str, hard_share: float, seed: int, tensor: int, step: int
+) -> tuple[Tensor, Tensor]:
+    block = get_grid(grid).block
+    torch._check(master.shape[1] % block == 0, lambda: f"rows of {master.shape[1]} values, blocks of {block}")
+    used = master.new_empty((master.shape[0], master.shape[1] // block), dtype=torch.float32)
+    return torch.empty_like(master, memory_format=torch.contiguous_format), used
+
+
+@torch.library.custom_op("qad::fake_quantize_backward", mutates_args=())
+def fake_quantize_backward_op(
+    grad: Tensor,
+    master: Tensor,
+    scales: Tensor | None,
+    grid: str,
+    noise: str,
+    hard_share: float,
+    seed: int,
+    tensor: int,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients by the masters and by the scales; arguments as in ``qad::fake_quantize``."""
+    drawn = _noise_of(noise, hard_share, seed, tensor, step)
+    grad = grad.clone(memory_format=torch.contiguous_format)
+    given = None if scales is None else scales.contiguous()
+    by_scale = fake_quantize_backward(grad, master.contiguous(), given, get_grid(grid), drawn, learn_scales=True)
+    assert by_scale is not None
+    return grad, by_scale
+
+
+@fake_quantize_backward_op.register_fake
+def _(
+    grad: Tensor,
+    master: Tensor,
+    scales: Tensor | None,
+    grid: str,
+    noise: str,
+    hard_share: float,
+    seed: int,
+    tensor: int,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    by_scale = master.new_empty((master.shape[0], master.shape[1] // get_grid(grid).block), dtype=torch.float32)
+    return torch.empty_like(grad, memory_format=torch.contiguous_format), by_scale
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    master, scales, *ctx.settings = inputs
+    # Nothing of the forward is kept: backward finds scales, codes and noise anew from the masters.
+    ctx.save_for_backward(master, scales)
+    ctx.set_materialize_grads(False)
+
+
+def _straight_through(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    master, scales = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 8
+    by_master, by_scale = fake_quantize_backward_op(grad, master, scales, *ctx.settings)
+    return by_master, by_scale if scales is not None else None, None, None, None, None, None, None
+
+
+fake_quantize_op.register_autograd(_straight_through, setup_context=_remember)
+
+
+@torch.library.custom_op("qad::fake_quantize_into", mutates_args=("out", "used_scales"))
+def fake_quantize_into_op(
+    master: Tensor,
+    scales: Tensor | None,
+    out: Tensor,
+    used_scales: Tensor,
+    grid: str,
+    noise: str,
+    hard_share: float,
+    seed: int,
+    tensor: int,
+    step: int,
+) -> None:
+    """Like ``qad::fake_quantize``, into buffers that the caller owns; has no gradient."""
+    fake_quantize(master, scales, get_grid(grid), _noise_of(noise, hard_share, seed, tensor, step), out, used_scales)
+
+
+@fake_quantize_into_op.register_fake
+def _(
+    master: Tensor,
+    scales: Tensor | None,
+    out: Tensor,
+    used_scales: Tensor,
+    grid: str,
+    noise: str,
+    hard_share: float,
+    seed: int,
+    tensor: int,
+    step: int,
+) -> None:
+    return None

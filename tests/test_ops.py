@@ -1,0 +1,161 @@
+"""The operators that PyTorch sees: schemas, shapes without data, gradients, compilation; the dispatch to kernels."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qad import fake_quant as reference
+from qad import native, ops
+from qad.errors import UserError
+from qad.fake_quant import fold_sum
+from qad.grid import GRIDS, get_grid
+from qad.noise import HARD, NOISE_MODES, Noise
+from qad.tensor import absmax_scales
+
+ROWS, SETTINGS = 5, ("uniform", 0.5, 2**63 - 1, 3, 4)
+
+
+def case(grid: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return weights, some of them beyond the range of the scales that come with them."""
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(ROWS, 3 * get_grid(grid).block, generator=random)
+    return weight.to(dtype), absmax_scales(weight, get_grid(grid)) * 0.8
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("given", [False, True])
+def test_operators_pass_opcheck(grid: str, dtype: torch.dtype, given: bool) -> None:
+    weight, scales = case(grid, dtype)
+    chosen = scales.requires_grad_() if given else None
+    torch.library.opcheck(ops.fake_quantize_op, (weight.requires_grad_(), chosen, grid, *SETTINGS))
+    weight, scales = weight.detach(), scales.detach() if given else None
+    grad = torch.randn_like(weight)
+    torch.library.opcheck(ops.fake_quantize_backward_op, (grad, weight, scales, grid, *SETTINGS))
+    out, used = torch.empty_like(weight), torch.empty(ROWS, 3)
+    torch.library.opcheck(ops.fake_quantize_into_op, (weight, scales, out, used, grid, *SETTINGS))
+
+
+@pytest.mark.parametrize("mode", NOISE_MODES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_operator_and_its_gradient_are_those_of_the_reference(grid: str, mode: str) -> None:
+    weight, scales = case(grid)
+    noise = Noise(mode, 0.3, seed=9, tensor=2, step=7)
+    settings = (grid, mode, 0.3, 9, 2, 7)
+    weight.requires_grad_()
+    scales.requires_grad_()
+    out, used = torch.ops.qad.fake_quantize(weight, scales, *settings)
+    slope = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    out.backward(slope)
+    weight_data, scales_data = weight.detach(), scales.detach()
+    expected_used = torch.empty_like(scales_data)
+    expected = reference.fake_quantize(weight_data, scales_data, get_grid(grid), noise, None, expected_used)
+    assert torch.equal(bits(out.detach()), bits(expected))
+    assert torch.equal(bits(used), bits(expected_used))
+    by_scale = reference.fake_quantize_backward(
+        slope, weight_data, scales_data, get_grid(grid), noise, learn_scales=True
+    )
+    assert weight.grad is not None
+    assert scales.grad is not None
+    assert by_scale is not None
+    assert torch.equal(bits(weight.grad), bits(slope))
+    assert torch.equal(bits(scales.grad), bits(by_scale))
+
+
+def test_the_gradient_of_the_callers_loss_is_left_alone() -> None:
+    weight, scales = case("q4_0")
+    weight.requires_grad_()
+    out, _ = torch.ops.qad.fake_quantize(weight, scales, "q4_0", "none", 0.0, 0, 0, 0)
+    slope = torch.ones_like(weight)
+    out.backward(slope)
+    assert bool((slope == 1).all())
+    assert weight.grad is not None
+    assert bool((weight.grad == 0).any()), "the case has weights outside the range"
+
+
+def test_no_gradient_flows_to_absmax_scales() -> None:
+    weight = case("q8_0")[0].requires_grad_()
+    out, used = torch.ops.qad.fake_quantize(weight, None, "q8_0", "none", 0.0, 0, 0, 0)
+    out.sum().backward()
+    assert weight.grad is not None
+    assert bool((weight.grad == 1).all()), "absmax scales put every weight within the range"
+    assert torch.equal(used, absmax_scales(weight.detach(), get_grid("q8_0")))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_compiles_into_one_graph(given: bool) -> None:
+    weight, scales = case("q4_0")
+    inputs = torch.randn(7, weight.shape[1], generator=torch.Generator().manual_seed(3))
+
+    def layer(weight: Tensor, scales: Tensor | None) -> Tensor:
+        quantized, _ = torch.ops.qad.fake_quantize(weight, scales, "q4_0", *SETTINGS)
+        return (torch.nn.functional.linear(inputs, quantized) ** 2).sum()
+
+    results = []
+    # aot_eager traces forward, fakes and gradient like the default backend, without a minute of code generation.
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        master = weight.clone().requires_grad_()
+        chosen = scales.clone().requires_grad_() if given else None
+        loss = run(master, chosen)
+        loss.backward()
+        results.append((loss.detach(), master.grad, None if chosen is None else chosen.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    for eager, compiled in zip(results[0][1:], results[1][1:], strict=True):
+        assert (eager is None) == (compiled is None)
+        if eager is not None and compiled is not None:
+            assert torch.equal(bits(eager), bits(compiled))
+
+
+def test_compiles_with_generated_code() -> None:
+    weight, scales = case("int4_g64", torch.bfloat16)
+
+    def double(weight: Tensor) -> Tensor:
+        return torch.ops.qad.fake_quantize(weight * 2, scales, "int4_g64", "none", 0.0, 0, 0, 0)[0] + 1
+
+    assert torch.equal(torch.compile(double, fullgraph=True)(weight), double(weight))
+
+
+def test_buffers_of_the_caller_are_filled() -> None:
+    weight, scales = case("q8_0")
+    out, used = torch.empty_like(weight), torch.empty_like(scales)
+    torch.ops.qad.fake_quantize_into(weight, scales, out, used, "q8_0", "none", 0.0, 0, 0, 0)
+    assert torch.equal(bits(out), bits(reference.fake_quantize(weight, scales, get_grid("q8_0"))))
+    assert (
+        ops.fake_quantize(weight, scales, get_grid("q8_0"), HARD, out=used.new_empty(weight.shape)).shape == out.shape
+    )
+    assert ops.fake_quantize(weight, scales, get_grid("q8_0"), out=out) is out
+
+
+def test_views_that_no_kernel_takes_go_to_the_reference() -> None:
+    weight, scales = case("q4_0")
+    wide = torch.cat([weight, weight], dim=1)
+    view = wide[:, : weight.shape[1]]
+    assert not native.supports(view)
+    got, _ = torch.ops.qad.fake_quantize(view, scales, "q4_0", "none", 0.0, 0, 0, 0)
+    assert torch.equal(bits(got), bits(reference.fake_quantize(weight, scales, get_grid("q4_0"))))
+
+
+def test_kernels_run_where_there_is_a_compiler() -> None:
+    # The machines that run these tests have one, or the tests of the kernels would pass by never running.
+    assert ops.why_reference(torch.device("cpu")) is None
+    assert "native" in ops.describe(torch.device("cpu"))
+    assert ops.why_reference(torch.device("meta")) == "there are no kernels for meta"
+    assert "plain torch" in ops.describe(torch.device("meta"))
+
+
+def test_an_unknown_grid_or_mode_is_named() -> None:
+    weight, _ = case("q4_0")
+    with pytest.raises(UserError, match="unknown grid 'q3_9'"):
+        torch.ops.qad.fake_quantize(weight, None, "q3_9", "none", 0.0, 0, 0, 0)
+    with pytest.raises(UserError, match="unknown noise mode 'loud'"):
+        torch.ops.qad.fake_quantize(weight, None, "q4_0", "loud", 0.0, 0, 0, 0)
+
+
+def test_fold_sum_folds_in_halves() -> None:
+    # In this order, and in no other, each large term meets its opposite first.
+    values = torch.tensor([1e30, 3.0, 1e20, 4.0, -1e30, 5.0, -1e20, 6.0])
+    assert float(fold_sum(values)) == 18.0
