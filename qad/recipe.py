@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qad.errors import UserError, unknown_name
-from qad.fake_quant import NOISE_MODES
 from qad.files import replacing_file
 from qad.gptq_init import INIT_MODES
 from qad.grid import grid_for_bits
 from qad.losses import KL_MODES, LossSettings
+from qad.noise import NOISE_MODES
 from qad.student import SCALE_MODES
 
 LOSS_ON = ("all", "completion")

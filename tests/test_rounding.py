@@ -114,8 +114,8 @@ def test_inverse_factor_is_the_factor_of_the_inverse() -> None:
 
 @every_grid
 def test_uncorrelated_inputs_leave_nothing_to_compensate(grid: Grid) -> None:
-    weight, _ = example(16, 64)
-    identity = torch.eye(64)
+    weight, _ = example(16, 2 * grid.block)
+    identity = torch.eye(2 * grid.block)
     got = gptq(weight, identity, grid).quantized
     expected = round_without_hessian(weight, grid, "mse", "w").quantized
     assert torch.equal(got.codes_NK, expected.codes_NK)

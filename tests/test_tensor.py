@@ -15,6 +15,7 @@ from qad.grid import GRIDS, Grid, get_grid, grid_for_bits
 from qad.tensor import (
     QuantizedTensor,
     absmax_scales,
+    damaged_blocks,
     dequantize,
     mse_scales,
     quantize,
@@ -33,13 +34,17 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 awkward = st.sampled_from(
     [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0**-24, -(2.0**-24), 1e-40, -1e-45, 65504.0, -1e6, 3e38, -3e38, 2.0**-14]
 )
-blocks_of_weights = st.one_of(
-    hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.sampled_from([32, 64, 96])), elements=finite),
-    hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.sampled_from([32, 64])), elements=awkward),
-    hnp.arrays(
-        np.float32, st.tuples(st.integers(1, 3), st.just(64)), elements=st.floats(-4, 4, width=32), fill=st.just(0.0)
-    ),
-)
+
+
+def blocks_of_weights(grid: Grid) -> st.SearchStrategy[np.ndarray]:
+    """Matrices of whole blocks, of much the same number of weights for every block size."""
+    rows = st.integers(1, max(2, 160 // grid.block))
+    some, two = st.sampled_from([grid.block, 2 * grid.block, 3 * grid.block]), st.just(2 * grid.block)
+    return st.one_of(
+        hnp.arrays(np.float32, st.tuples(rows, some), elements=finite),
+        hnp.arrays(np.float32, st.tuples(rows, some), elements=awkward),
+        hnp.arrays(np.float32, st.tuples(rows, two), elements=st.floats(-4, 4, width=32), fill=st.just(0.0)),
+    )
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -65,7 +70,8 @@ def numpy_quantize(weight: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarr
     scales = np.empty(blocks.shape[:2], dtype=np.float32)
     for row, group in np.ndindex(*blocks.shape[:2]):
         block = blocks[row, group]
-        extreme = block[np.argmax(np.abs(block))]
+        magnitude = np.abs(block).max()
+        extreme = magnitude if magnitude in block else -magnitude  # of a pair, the positive one
         ratio = (
             extreme / np.float32(grid.code_min) if grid.signed_scale else np.abs(extreme) / np.float32(grid.code_max)
         )
@@ -116,6 +122,40 @@ def test_zero_scales_become_the_positive_floor(grid: Grid) -> None:
 
 
 @every_grid
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_extremes_the_positive_one_decides(grid: Grid, order: int) -> None:
+    weight = torch.zeros(1, grid.block)
+    weight[0, 3], weight[0, -1] = 8.0 * order, -8.0 * order
+    expected = 8.0 / grid.code_min if grid.signed_scale else 8.0 / grid.code_max
+    assert absmax_scales(weight, grid).tolist() == round_scales(torch.tensor([[expected]]), grid).tolist()
+
+
+@every_grid
+def test_scales_that_are_no_numbers(grid: Grid) -> None:
+    payloads = torch.tensor([0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -0x400000, -0x7FFFFF], dtype=torch.int32)
+    assert bool(round_scales(payloads.view(torch.float32), grid).isnan().all())
+    infinite = round_scales(torch.tensor([torch.inf, -torch.inf]), grid)
+    assert infinite.tolist() == [grid.scale_ceiling, -grid.scale_ceiling if grid.signed_scale else grid.scale_ceiling]
+
+
+@every_grid
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_damaged_block_is_seen_and_stays_alone(grid: Grid, bad: float) -> None:
+    weight = gaussian(3, 3 * grid.block)
+    weight[1, grid.block + 5] = bad
+    healthy = absmax_scales(weight.nan_to_num(0.0, 0.0, 0.0), grid)
+    found = absmax_scales(weight, grid)
+    damaged = torch.zeros(3, 3, dtype=torch.bool)
+    damaged[1, 1] = True
+    assert torch.equal(found.isnan(), damaged)
+    assert torch.equal(found[~damaged], healthy[~damaged])
+    assert torch.equal(damaged_blocks(weight, healthy, grid), damaged)
+    healthy[2, 0] = torch.nan
+    damaged[2, 0] = True
+    assert torch.equal(damaged_blocks(weight, healthy, grid), damaged)
+
+
+@every_grid
 def test_signs_of_scales(grid: Grid) -> None:
     got = round_scales(torch.tensor([-0.75, 0.75, -1e-9, -1e9]), grid)
     magnitudes = torch.tensor([0.75, 0.75, grid.scale_floor, grid.scale_ceiling])
@@ -157,8 +197,9 @@ def test_full_fp16_scales_would_not_give_exact_products() -> None:
 
 
 @every_grid
-@given(weight=blocks_of_weights)
-def test_quantize_agrees_with_numpy(grid: Grid, weight: np.ndarray) -> None:
+@given(data=st.data())
+def test_quantize_agrees_with_numpy(grid: Grid, data: st.DataObject) -> None:
+    weight = data.draw(blocks_of_weights(grid))
     codes, scales = numpy_quantize(weight, grid)
     got = quantize(torch.from_numpy(weight), grid)
     np.testing.assert_array_equal(got.scales_NG.float().numpy().view(np.uint32), scales.view(np.uint32))
@@ -166,8 +207,9 @@ def test_quantize_agrees_with_numpy(grid: Grid, weight: np.ndarray) -> None:
 
 
 @every_grid
-@given(weight=blocks_of_weights)
-def test_dequantize_is_the_exact_product(grid: Grid, weight: np.ndarray) -> None:
+@given(data=st.data())
+def test_dequantize_is_the_exact_product(grid: Grid, data: st.DataObject) -> None:
+    weight = data.draw(blocks_of_weights(grid))
     quantized = quantize(torch.from_numpy(weight), grid)
     exact = quantized.codes_NK.double() * quantized.scales_NG.double().repeat_interleave(grid.block, dim=1)
     values = dequantize(quantized)
@@ -179,8 +221,9 @@ def test_dequantize_is_the_exact_product(grid: Grid, weight: np.ndarray) -> None
 
 
 @every_grid
-@given(weight=blocks_of_weights)
-def test_quantize_keeps_what_is_already_on_the_grid(grid: Grid, weight: np.ndarray) -> None:
+@given(data=st.data())
+def test_quantize_keeps_what_is_already_on_the_grid(grid: Grid, data: st.DataObject) -> None:
+    weight = data.draw(blocks_of_weights(grid))
     first = quantize(torch.from_numpy(weight), grid)
     values = dequantize(first)
     with_its_scales = quantize(values, grid, first.scales_NG.float())
@@ -194,13 +237,15 @@ def test_quantize_keeps_what_is_already_on_the_grid(grid: Grid, weight: np.ndarr
 
 
 @every_grid
-@given(weight=blocks_of_weights)
-def test_codes_stay_in_range_and_extremes_map_to_the_end(grid: Grid, weight: np.ndarray) -> None:
+@given(data=st.data())
+def test_codes_stay_in_range_and_extremes_map_to_the_end(grid: Grid, data: st.DataObject) -> None:
+    weight = data.draw(blocks_of_weights(grid))
     quantized = quantize(torch.from_numpy(weight), grid)
     assert grid.code_min <= int(quantized.codes_NK.min())
     assert int(quantized.codes_NK.max()) <= grid.code_max
     blocks = torch.from_numpy(weight).view(weight.shape[0], -1, grid.block)
-    index = blocks.abs().argmax(dim=-1, keepdim=True)
+    low, high = blocks.aminmax(dim=-1, keepdim=True)
+    index = torch.where(high >= -low, blocks.argmax(dim=-1, keepdim=True), blocks.argmin(dim=-1, keepdim=True))
     extreme = blocks.gather(-1, index).squeeze(-1)
     code = quantized.codes_NK.view(blocks.shape).gather(-1, index).squeeze(-1)
     end = abs(grid.code_min) if grid.signed_scale else grid.code_max
@@ -229,7 +274,7 @@ def test_a_block_of_zeros_decodes_to_positive_zeros(grid: Grid) -> None:
 @every_grid
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_float_types_count_as_their_float32_values(grid: Grid, dtype: torch.dtype) -> None:
-    weight = gaussian(5, 64).to(dtype)
+    weight = gaussian(5, 2 * grid.block).to(dtype)
     one, other = quantize(weight, grid), quantize(weight.float(), grid)
     assert torch.equal(one.codes_NK, other.codes_NK)
     assert torch.equal(one.scales_NG, other.scales_NG)
@@ -237,7 +282,7 @@ def test_other_float_types_count_as_their_float32_values(grid: Grid, dtype: torc
 
 @every_grid
 def test_memory_layout_does_not_matter(grid: Grid) -> None:
-    weight = gaussian(64, 96)
+    weight = gaussian(64, 3 * grid.block)
     transposed = weight.t().contiguous().t()
     assert not transposed.is_contiguous()
     one, other = quantize(weight, grid), quantize(transposed, grid)
@@ -246,7 +291,7 @@ def test_memory_layout_does_not_matter(grid: Grid) -> None:
 
 @every_grid
 def test_quantize_leaves_its_input_alone(grid: Grid) -> None:
-    weight = gaussian(3, 64).requires_grad_()
+    weight = gaussian(3, 2 * grid.block).requires_grad_()
     before = weight.detach().clone()
     quantized = quantize(weight, grid, mse_scales(weight, grid))
     assert torch.equal(weight.detach(), before)
@@ -255,8 +300,8 @@ def test_quantize_leaves_its_input_alone(grid: Grid) -> None:
 
 @every_grid
 def test_no_rows(grid: Grid) -> None:
-    quantized = quantize(torch.empty(0, 64), grid)
-    assert dequantize(quantized).shape == (0, 64)
+    quantized = quantize(torch.empty(0, 2 * grid.block), grid)
+    assert dequantize(quantized).shape == (0, 2 * grid.block)
 
 
 # ---------------------------------------------------------------------------------------------------- scale search
@@ -270,8 +315,9 @@ def block_errors(weight: Tensor, scales_NG: Tensor, grid: Grid, importance_K: Te
 
 
 @every_grid
-@given(weight=blocks_of_weights)
-def test_the_search_is_never_worse_than_absmax(grid: Grid, weight: np.ndarray) -> None:
+@given(data=st.data())
+def test_the_search_is_never_worse_than_absmax(grid: Grid, data: st.DataObject) -> None:
+    weight = data.draw(blocks_of_weights(grid))
     # Weights whose squared error float32 can hold; any real weight is far inside.
     tensor = torch.from_numpy(weight).clamp(-1e15, 1e15)
     absmax = block_errors(tensor, absmax_scales(tensor, grid), grid)
@@ -284,7 +330,9 @@ def test_the_search_lowers_the_error_of_gaussian_weights(grid: Grid) -> None:
     weight = gaussian(64, 256)
     absmax = block_errors(weight, absmax_scales(weight, grid), grid).sum()
     searched = block_errors(weight, mse_scales(weight, grid), grid).sum()
-    assert searched < 0.9 * absmax
+    # What clipping can win at 8 bits falls with the size of the block: 0.85, 0.92, 0.95 of the error are left.
+    most = 0.9 if grid.bits == 4 else {32: 0.9, 64: 0.94, 128: 0.97}[grid.block]
+    assert searched < most * absmax
 
 
 def test_importance_moves_the_error_to_where_it_matters_less() -> None:
@@ -300,14 +348,14 @@ def test_importance_moves_the_error_to_where_it_matters_less() -> None:
 
 @pytest.mark.parametrize("grid", SIGNED_GRIDS, ids=lambda grid: grid.name)
 def test_signed_scales_lower_the_rounding_error(grid: Grid) -> None:
-    """Relative error on Gaussian weights in blocks of 32: 0.086 with signed scales, 0.095 with positive ones."""
+    """Relative error on Gaussian weights, with signed and with positive scales; by block, from numpy in float64."""
+    expected = {32: (0.0859, 0.0948), 64: (0.0949, 0.1028), 128: (0.1033, 0.1108)}[grid.block]
     weight = gaussian(512, 1024)
     signed = float((dequantize(quantize(weight, grid)) - weight).norm() / weight.norm())
     # The largest magnitude halfway between the ends of the code range; 7 and 8 as divisors give 0.097 and 0.094.
-    positive_NG = weight.view(512, -1, 32).abs().amax(-1) / 7.5
+    positive_NG = weight.view(512, -1, grid.block).abs().amax(-1) / 7.5
     positive = float((dequantize(quantize(weight, grid, positive_NG)) - weight).norm() / weight.norm())
-    assert signed == pytest.approx(0.086, abs=0.001)
-    assert positive == pytest.approx(0.095, abs=0.001)
+    assert (signed, positive) == pytest.approx(expected, abs=0.001)
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -316,7 +364,7 @@ def test_signed_scales_lower_the_rounding_error(grid: Grid) -> None:
 @every_grid
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_no_numbers(grid: Grid, bad: float) -> None:
-    weight = gaussian(4, 64)
+    weight = gaussian(4, 2 * grid.block)
     weight[2, 7] = bad
     weight[3, 1] = bad
     with pytest.raises(UserError, match=r"model\.norm\.weight holds 2 NaN or infinite values.*checkpoint"):
@@ -325,7 +373,7 @@ def test_values_that_are_no_numbers(grid: Grid, bad: float) -> None:
 
 @every_grid
 def test_opposite_infinities_do_not_cancel(grid: Grid) -> None:
-    weight = torch.zeros(1, 64)
+    weight = torch.zeros(1, 2 * grid.block)
     weight[0, 0], weight[0, 1] = torch.inf, -torch.inf
     with pytest.raises(UserError, match="2 NaN or infinite"):
         quantize(weight, grid)
