@@ -25,6 +25,7 @@ FLOORS = {
     "qad.tensor": 1,
     "qad.noise": 1,
     "qad.native": 1,
+    "qad.native_cuda": 1,
     "qad.pack": 1,
     "qad.philox": 1,
     # F2: operations on them, with and without gradients
