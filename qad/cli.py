@@ -32,49 +32,83 @@ ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; by default
 @app.command()
 def train(
     bits: Annotated[
-        int | None, typer.Option(help="4 or 8: the portable grid of the linear layers.  [default: 4]")
+        int | None, typer.Option(help="4 or 8: the portable grid of the linear layers.", show_default="4")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Hugging Face folder, hub id or GGUF file.  [default: the packaged SmolLM2-135M]")
+        str | None,
+        typer.Option(help="Hugging Face folder, hub id or GGUF file.", show_default="the packaged SmolLM2-135M"),
     ] = None,
-    student: Annotated[str | None, typer.Option(help="The model to quantize.  [default: the teacher]")] = None,
+    student: Annotated[str | None, typer.Option(help="The model to quantize.", show_default="the teacher")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="JSONL or Parquet file of `text` or `prompt`/`completion` rows, or a hub data set id; may be repeated."
-            "  [default: worked problems, and text sampled from the teacher]"
+            help="JSONL or Parquet file of `text` or `prompt`/`completion` rows, or a hub data set id; may be repeated",
+            show_default="worked problems, and text sampled from the teacher",
         ),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe to start from: quick, thorough.  [default: quick]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; 0 stops after --init.", min=0)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.", min=1)] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass.", min=1)] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.", min=2)] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe to start from: quick, thorough.", show_default="quick")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; 0 stops after --init.", min=0, show_default="32")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences per optimizer step.", min=1, show_default="4")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Sequences per forward pass.", min=1, show_default="4")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.", min=2, show_default="256")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate, in grid steps per optimizer step (0.02: a fiftieth of a step).")
+        float | None,
+        typer.Option(
+            help="Learning rate, in grid steps per optimizer step (0.02: a fiftieth of a step).", show_default="0.002"
+        ),
     ] = None,
-    noise: Annotated[str | None, typer.Option(help="none, uniform, stochastic or partial.")] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="none, uniform, stochastic or partial.", show_default="none")
+    ] = None,
     noise_until: Annotated[
-        float | None, typer.Option(help="Share of the steps after which all rounding is hard.", min=0.0, max=1.0)
+        float | None,
+        typer.Option(help="Share of the steps after which all rounding is hard.", min=0.0, max=1.0, show_default="0.5"),
     ] = None,
-    init: Annotated[str | None, typer.Option(help="Where training starts: rtn, mse or gptq.")] = None,
-    scales: Annotated[str | None, typer.Option(help="absmax, mse or learned.")] = None,
-    kl: Annotated[str | None, typer.Option(help="forward, reverse or jsd.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Temperature of both models in the loss.")] = None,
-    next_token_weight: Annotated[float | None, typer.Option(help="Weight of the plain next-token loss.")] = None,
-    loss_on: Annotated[str | None, typer.Option(help="all tokens, or completion tokens only.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Where training starts: rtn, mse or gptq.", show_default="gptq")
+    ] = None,
+    scales: Annotated[str | None, typer.Option(help="absmax, mse or learned.", show_default="learned")] = None,
+    kl: Annotated[str | None, typer.Option(help="forward, reverse or jsd.", show_default="forward")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of both models in the loss.", show_default="1.0")
+    ] = None,
+    next_token_weight: Annotated[
+        float | None, typer.Option(help="Weight of the plain next-token loss.", show_default="0.0")
+    ] = None,
+    loss_on: Annotated[
+        str | None, typer.Option(help="all tokens, or completion tokens only.", show_default="all")
+    ] = None,
     cache_top_k: Annotated[
-        int | None, typer.Option(help="Compute the teacher's K likeliest tokens once and train from these.", min=0)
+        int | None,
+        typer.Option(
+            help="Compute the teacher's K likeliest tokens once and train from these.", min=0, show_default="0"
+        ),
     ] = None,
-    mix_tokens: Annotated[int | None, typer.Option(help="Tokens of the default text.", min=1)] = None,
-    held_out_tokens: Annotated[int | None, typer.Option(help="Tokens set aside for evaluation.", min=1)] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; 0: at the end.", min=0)] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: none.", min=0)] = None,
+    mix_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the default text.", min=1, show_default="40000")
+    ] = None,
+    held_out_tokens: Annotated[
+        int | None, typer.Option(help="Tokens set aside for evaluation.", min=1, show_default="4096")
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations; 0: at the end.", min=0, show_default="8")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 0: none.", min=0, show_default="16")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Trade time for memory.")
     ] = None,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of data, noise and sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data, noise and sampling.", show_default="0")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in -o with the options it has, or start it.")
     ] = False,
@@ -148,8 +182,13 @@ def export(
     target = output or run / f"student{exporter.SUFFIX}"
     console = Console()
     with Progress(console=console) as progress:
-        task = progress.add_task(f"writing {target}", total=None)
-        exporter.write(artifact, target, lambda done, total: progress.update(task, completed=done, total=total))
+        # Shown with its first byte: an error before that must not leave an empty bar behind.
+        task = progress.add_task(f"writing {target}", total=None, visible=False)
+        exporter.write(
+            artifact,
+            target,
+            lambda done, total: progress.update(task, completed=done, total=total, visible=True),
+        )
     console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, run {artifact.run_hash[:12]}")
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from qad.gptq_init import initialize
 from qad.grid import get_grid
 from qad.measure import Quality, output_head
 from qad.model import LoadedModel, check_same_tokenizer, load_model, model_fingerprint
+from qad.ops import describe, why_reference
 from qad.plan import KEEP, Plan, is_tied, make_plan
 from qad.recipe import RECIPE_FILE, Recipe, load_recipe
 from qad.student import Masters
@@ -296,6 +298,15 @@ def distill(recipe: Recipe, run: Path, *, resume: bool, console: Console) -> Out
         raise
 
 
+def _tell_kernels(device: torch.device, console: Console) -> None:
+    reason = why_reference(device)
+    console.print(f"kernels on {device}: {escape(describe(device))}", highlight=False)
+    if reason is not None:
+        console.print(
+            "[bold yellow]WARNING[/]: fake quantization runs in plain torch, several times slower, with the same result"
+        )
+
+
 def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
     set_seed(recipe.seed)
     teacher, student = load_pair(recipe, console)
@@ -312,6 +323,7 @@ def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
         start = initialize(student, plan, init, calibration, on_progress=update)
     masters = Masters(student, start, recipe.scales)
     del start
+    _tell_kernels(masters.device, console)
     size = stored_bytes(student, plan)
 
     def keep_best(step: int, quality: Quality) -> None:

@@ -28,6 +28,7 @@ from qad.gguf_check import read_header
 from qad.gguf_load import read_config, read_tokenizer
 from qad.grid import GRIDS
 from qad.model import check_architecture, hub_is_unreachable, is_gguf, load_tokenizer, read_hf_config, resolve_source
+from qad.ops import describe
 from qad.plan import find_misfits, is_tied
 from qad.runtimes import get, names
 
@@ -100,19 +101,18 @@ def _cpu_features() -> list[str]:
 
 def _kernels() -> Table:
     table = _table("kernels", "", "")
-    table.add_row(
-        "quantize, dequantize", "plain torch (no compiled kernel exists yet; results are the same everywhere)"
-    )
+    table.add_row("on the CPU", escape(describe(torch.device("cpu"))))
     table.add_row(
         "processor", f"{platform.machine()}: {', '.join(_cpu_features()) or 'no vector instructions reported'}"
     )
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
         gpus = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        table.add_row("CUDA", gpus)
+        table.add_row("GPU", gpus)
+        table.add_row("on the GPU", escape(describe(torch.device("cuda", torch.cuda.current_device()))))
     else:
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "no usable GPU or driver"
-        table.add_row("CUDA", f"not available: {reason}")
+        table.add_row("on a GPU", f"not available: {reason}")
     return table
 
 
@@ -214,11 +214,13 @@ def doctor_command(model: str | None = None) -> int:
         UserError: The model cannot be read.
     """
     console = Console()
+    # First of all, so that a file that cannot be read is told before pages that nobody asked for.
+    facts = None if model is None else _model(resolve_source(model))
     table, missing = _libraries()
     for part in (_machine(), table, _kernels(), _runtimes()):
         console.print(part)
-    if model is not None:
-        console.print(_model(resolve_source(model)))
+    if facts is not None:
+        console.print(facts)
     if missing:
         console.print(f"[red]missing: {', '.join(missing)}[/]; run `pip install qad`")
     return 1 if missing else 0

@@ -70,6 +70,11 @@ class Masters(nn.Module):
         """Names of the quantized parameters."""
         return [entry.name for entry in self._entries]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the masters are."""
+        return self._entries[0].master.device
+
     def forward_parameters(self) -> list[nn.Parameter]:
         """Return the model's quantized parameters, which the optimizer must leave alone."""
         return [entry.forward for entry in self._entries]

@@ -261,7 +261,7 @@ def verify_command(
     console = Console()
     if text is not None and not text.is_file():
         raise UserError(f"{text} is missing: give a text file with --text")
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("comparing tensors", total=None)
         result = verify(run, file, lambda done, total: progress.update(task, completed=done, total=total))
     _print_proof(console, result)

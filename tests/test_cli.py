@@ -8,17 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from qad import cli, recipes
 from qad.artifact import open_artifact
-from qad.recipe import load_recipe
+from qad.recipe import Recipe, load_recipe
 from tests.helpers_models import make_artifact, make_tokenizer
 from tests.helpers_runs import save_model, save_text, tiny
 
@@ -113,6 +114,16 @@ def test_help_of_train_mentions_every_flag(qad: Call) -> None:
     for name in recipes.names():
         assert name in result.out
     assert "-o" in result.out
+
+
+def test_help_of_train_shows_the_defaults_of_the_recipe() -> None:
+    command = typer.main.get_command(cli.app)
+    options = {option.name: option for option in command.commands["train"].params}  # type: ignore[attr-defined]
+    shown = {name: getattr(option, "show_default", None) for name, option in options.items()}
+    numbers = {field.name for field in fields(Recipe)} - {"name", "teacher", "student", "data"}
+    for name in numbers & set(shown):
+        if not isinstance(getattr(Recipe(), name), bool):
+            assert shown[name] == str(getattr(Recipe(), name)), name
 
 
 def test_help_mentions_every_verb(qad: Call) -> None:

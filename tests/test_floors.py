@@ -21,6 +21,7 @@ FLOORS = {
     "qad.architectures": 0,
     "qad.gguf_check": 0,
     "qad.devices": 0,
+    "qad.csrc": 0,
     # F1: numbers
     "qad.tensor": 1,
     "qad.noise": 1,
