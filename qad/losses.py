@@ -2,8 +2,10 @@
 
 The logits of a 150k-word vocabulary are the largest tensor of a training step. Here a chunk of tokens at a time is
 projected, compared and turned into gradients at once, so that neither model's [tokens, vocabulary] logits exist as a
-whole, nor logits together with a stored softmax. What is given up: the gradients are computed in forward, so this must
-be the last operation of the graph, and gradients of gradients do not exist.
+whole, nor logits together with a stored softmax: the student's are overwritten with their own gradient. Beyond the
+gradients that are asked for, the memory of one chunk is all that forward and backward need. What is given up: the
+gradients are computed in forward, so this must be the last operation of the graph, and gradients of gradients do not
+exist.
 
 Shapes: T tokens, C tokens of a chunk, D student width, E teacher width, V vocabulary, P cached entries per token.
 """
@@ -13,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from qad import divergence as reference
+from qad import native
 from qad.errors import UserError, unknown_name
 
 KL_MODES = ("forward", "reverse", "jsd")
@@ -33,7 +36,8 @@ class LossSettings:
         beta: Weight of the teacher in ``jsd``, within (0, 1).
         temperature: Divides both models' logits; the divergence is multiplied by its square (Hinton et al., 2015).
         next_token_weight: Weight of the plain next-token cross-entropy, which is added.
-        chunk_tokens: Tokens whose logits exist at a time.
+        chunk_tokens: Rows of logits that exist at a time, those of both models counted: with a live teacher half as
+            many tokens are worked on.
     """
 
     kl: str = "forward"
@@ -56,16 +60,77 @@ class LossSettings:
 class TeacherChunks(Protocol):
     """Where a chunk's teacher distribution comes from."""
 
+    logits_dtype: torch.dtype | None
+    """What the teacher's logits are computed in; None if there are none."""
+
     def vocabulary(self, student_vocabulary: int) -> int:
         """Return how many leading logits both models share; those behind are padding."""
         ...
 
-    def divergence(self, logits_CV: Tensor, start: int, stop: int, settings: LossSettings) -> tuple[Tensor, Tensor]:
-        """Return the chunk's divergence per token [C] and its gradient by the student's logits [C, V].
+    def divergence(
+        self, logits: "ChunkLogits", labels_C: Tensor, start: int, settings: LossSettings, keep_logits: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Overwrite the student's logits with the loss's gradient; see ``qad.divergence.divergence``.
 
-        ``logits_CV`` are the student's, already divided by the temperature; they may be overwritten.
+        Args:
+            logits: The student's logits of the chunk, and room for the teacher's.
+            labels_C: Next token of each, negative for none.
+            start: Where the chunk begins.
+            settings: What to minimize.
+            keep_logits: No gradient is wanted.
+
+        Returns:
+            float64 divergence_C and next-token loss nll_C.
         """
         ...
+
+
+class ChunkLogits:
+    """Memory for the logits of one chunk of tokens, used again for every chunk.
+
+    All of it together is no more than the logits of ``chunk_tokens`` tokens of one model: chunks get shorter where the
+    teacher's logits, or products in a shorter dtype, need room as well.
+
+    Args:
+        chunk_tokens: Rows of logits in float32 (float64 where the student is) that may exist.
+        tokens: All tokens of the batch.
+        head_VD: The student's head, which gives vocabulary, device and dtype.
+        teacher_dtype: See ``TeacherChunks.logits_dtype``.
+    """
+
+    def __init__(self, chunk_tokens: int, tokens: int, head_VD: Tensor, teacher_dtype: torch.dtype | None) -> None:
+        vocabulary, device = head_VD.shape[0], head_VD.device
+        self._product_dtype = head_VD.dtype
+        dtype = torch.float64 if head_VD.dtype == torch.float64 else torch.float32
+        models = 1 if teacher_dtype is None else 2
+        others = {other for other in (head_VD.dtype, teacher_dtype) if other is not None and other != dtype}
+        per_token = dtype.itemsize * models + sum(other.itemsize for other in others)
+        self.tokens = max(1, min(tokens, chunk_tokens * dtype.itemsize // per_token))
+        rows_CV = torch.empty(models * self.tokens, vocabulary, dtype=dtype, device=device)
+        self._student_CV, self._teacher_CV = rows_CV[: self.tokens], rows_CV[self.tokens :]
+        self._products = {other: torch.empty(self.tokens, vocabulary, dtype=other, device=device) for other in others}
+        self.student_CV = self._student_CV
+
+    def project_student(self, hidden_CD: Tensor, head_VD: Tensor) -> None:
+        """Set ``student_CV`` to the logits of some tokens, at most ``tokens``."""
+        self.student_CV = self._project(hidden_CD, head_VD, self._student_CV)
+
+    def project_teacher(self, hidden_CE: Tensor, head_VE: Tensor) -> Tensor:
+        """Return the teacher's logits of the same tokens."""
+        return self._project(hidden_CE, head_VE, self._teacher_CV)
+
+    def _project(self, hidden_CD: Tensor, head_VD: Tensor, rows_CV: Tensor) -> Tensor:
+        logits_CV = rows_CV[: len(hidden_CD)]
+        if hidden_CD.dtype == logits_CV.dtype:
+            return torch.mm(hidden_CD, head_VD.t(), out=logits_CV)
+        product_CV = self._products[hidden_CD.dtype][: len(hidden_CD)]
+        return logits_CV.copy_(torch.mm(hidden_CD, head_VD.t(), out=product_CV))
+
+    def gradient(self) -> Tensor:
+        """Return what ``student_CV`` holds, in the dtype of the student's head."""
+        if self._product_dtype == self.student_CV.dtype:
+            return self.student_CV
+        return self._products[self._product_dtype][: len(self.student_CV)].copy_(self.student_CV)
 
 
 class LiveTeacher:
@@ -78,6 +143,7 @@ class LiveTeacher:
 
     def __init__(self, hidden_TE: Tensor, head_VE: Tensor) -> None:
         dtype = _product_dtype(head_VE)
+        self.logits_dtype: torch.dtype | None = dtype
         self._hidden_TE = hidden_TE.to(dtype)
         self._head_VE = head_VE.to(dtype)
 
@@ -85,11 +151,24 @@ class LiveTeacher:
         """Vocabularies padded to different sizes share their leading entries."""
         return min(student_vocabulary, self._head_VE.shape[0])
 
-    def divergence(self, logits_CV: Tensor, start: int, stop: int, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    def divergence(
+        self, logits: ChunkLogits, labels_C: Tensor, start: int, settings: LossSettings, keep_logits: bool
+    ) -> tuple[Tensor, Tensor]:
         """See ``TeacherChunks``."""
-        head = self._head_VE[: logits_CV.shape[-1]]
-        teacher_CV = F.linear(self._hidden_TE[start:stop], head).to(logits_CV.dtype).div_(settings.temperature)
-        return dense_divergence(logits_CV, teacher_CV, settings)
+        student_CV = logits.student_CV
+        tokens, vocabulary = student_CV.shape
+        teacher_CV = logits.project_teacher(self._hidden_TE[start : start + tokens], self._head_VE[:vocabulary])
+        fused = _has_kernel(student_CV, teacher_CV)
+        return (native.divergence if fused else reference.divergence)(
+            student_CV,
+            teacher_CV,
+            labels_C,
+            kind=settings.kl,
+            beta=settings.beta,
+            temperature=settings.temperature,
+            next_token_weight=settings.next_token_weight,
+            keep_logits=keep_logits,
+        )
 
 
 class CachedTeacher:
@@ -100,6 +179,8 @@ class CachedTeacher:
         log_probs_TP: Their log-probabilities at temperature 1.
     """
 
+    logits_dtype: torch.dtype | None = None
+
     def __init__(self, tokens_TP: Tensor, log_probs_TP: Tensor) -> None:
         self._tokens_TP = tokens_TP
         self._log_probs_TP = log_probs_TP
@@ -108,9 +189,18 @@ class CachedTeacher:
         """The student's own: the cache names single entries."""
         return student_vocabulary
 
-    def divergence(self, logits_CV: Tensor, start: int, stop: int, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    def divergence(
+        self, logits: ChunkLogits, labels_C: Tensor, start: int, settings: LossSettings, keep_logits: bool
+    ) -> tuple[Tensor, Tensor]:
         """See ``TeacherChunks``."""
-        return bucket_divergence(logits_CV, self._tokens_TP[start:stop], self._log_probs_TP[start:stop], settings)
+        part = slice(start, start + len(labels_C))
+        return bucket_divergence(
+            logits.student_CV, self._tokens_TP[part], self._log_probs_TP[part], labels_C, settings, keep_logits
+        )
+
+
+def _has_kernel(*logits: Tensor) -> bool:
+    return all(t.dtype == torch.float32 for t in logits) and native.supports(*logits) and native.available() is None
 
 
 def _product_dtype(head_VD: Tensor) -> torch.dtype:
@@ -122,57 +212,50 @@ def _product_dtype(head_VD: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_VD.dtype
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, or in float64 if it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def dense_divergence(student_CV: Tensor, teacher_CV: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """Return the divergence per token [C] and its gradient by the student's logits [C, V].
-
-    Both logits are already divided by the temperature. Both arguments may be overwritten. The gradient of
-    KL(p || q) by the logits of q is q - p; that of a term f(q) is q (f' - sum q f').
-    """
-    log_q = student_CV.sub_(student_CV.logsumexp(dim=-1, keepdim=True))
-    log_p = teacher_CV.sub_(teacher_CV.logsumexp(dim=-1, keepdim=True))
-    if settings.kl == "forward":
-        p = log_p.exp()
-        value_C = log_p.sub_(log_q).mul_(p).sum(dim=-1)
-        return value_C, log_q.exp_().sub_(p)
-    q = log_q.exp()
-    if settings.kl == "reverse":
-        ratio = log_q.sub_(log_p)
-        value_C = (q * ratio).sum(dim=-1)
-        return value_C, ratio.sub_(value_C.unsqueeze(-1)).mul_(q)
-    beta = settings.beta
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
-    ratio = log_q.sub_(log_m)
-    value_p = (log_p.exp() * (log_p - log_m)).sum(dim=-1)
-    value_q = (q * ratio).sum(dim=-1)
-    # d/dq of beta KL(p||m) + (1-beta) KL(q||m): the terms through m cancel to a constant, which the softmax removes.
-    return beta * value_p + (1 - beta) * value_q, ratio.sub_(value_q.unsqueeze(-1)).mul_(q).mul_(1 - beta)
-
-
 def bucket_divergence(
-    student_CV: Tensor, tokens_CP: Tensor, log_probs_CP: Tensor, settings: LossSettings
+    student_CV: Tensor,
+    tokens_CP: Tensor,
+    log_probs_CP: Tensor,
+    labels_C: Tensor,
+    settings: LossSettings,
+    keep_logits: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Like ``dense_divergence`` over P named entries and one bucket for everything else.
+    """Like ``qad.divergence.divergence`` over P named entries and one bucket for everything else.
 
     With a temperature other than 1 the teacher's entries are tempered among themselves and the bucket, which differs
     from tempering the whole vocabulary: the cache does not hold what that would need.
     """
-    log_q_CV = student_CV.sub_(student_CV.logsumexp(dim=-1, keepdim=True))
+    value_C = torch.empty(len(student_CV), dtype=torch.float64, device=student_CV.device)
+    nll_C = torch.empty_like(value_C)
+    for start in range(0, len(student_CV), reference.ROWS):
+        part = slice(start, start + reference.ROWS)
+        log_probs = student_CV[part].log_softmax(dim=-1)
+        log_q = log_probs
+        if settings.temperature != 1.0:
+            log_q = (student_CV[part] / settings.temperature).log_softmax(dim=-1)
+        value_C[part], gradient = _buckets(log_q, tokens_CP[part], log_probs_CP[part], settings)
+        nll_C[part] = reference.next_token_loss(log_probs, labels_C[part])
+        if not keep_logits:
+            gradient.mul_(settings.temperature)
+            reference.add_next_token_gradient(gradient, log_probs, labels_C[part], settings.next_token_weight)
+            student_CV[part] = gradient
+    return value_C, nll_C
+
+
+def _buckets(
+    log_q_CV: Tensor, tokens_CP: Tensor, log_probs_CP: Tensor, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """Return the divergence per row and its gradient by the student's tempered logits."""
     log_p = _with_rest(log_probs_CP) / settings.temperature
     log_p = log_p - log_p.logsumexp(dim=-1, keepdim=True)
-    log_q_named = log_q_CV.gather(-1, tokens_CP)
-    log_q = _with_rest(log_q_named).requires_grad_()
+    log_q = _with_rest(log_q_CV.gather(-1, tokens_CP)).requires_grad_()
     # The divergence of P + 1 buckets is tiny; autograd differentiates it, the scatter below carries it to V logits.
     with torch.enable_grad():
         value_C = _bucket_value(log_q, log_p, settings)
         (by_log_q,) = torch.autograd.grad(value_C.sum(), log_q)
     # Chain rule from the buckets' log-probabilities to logits z: a named entry j has d log q_j / dz = 1_j - q; the
     # rest bucket has d log r / dz = (q / r outside, 0 inside) - q.
-    q_CV = log_q_CV.exp_()
+    q_CV = log_q_CV.exp()
     total = by_log_q.sum(dim=-1, keepdim=True)
     rest = by_log_q[:, -1:] / log_q.detach()[:, -1:].exp()
     named_q = q_CV.gather(-1, tokens_CP)
@@ -197,6 +280,17 @@ def _with_rest(log_probs_CP: Tensor) -> Tensor:
     return torch.cat([log_probs_CP, rest.log()], dim=-1)
 
 
+def _add_outer_products(grad_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """Add ``grad_CV.T @ hidden_CD`` in place."""
+    if grad_VD.dtype == grad_CV.dtype:
+        grad_VD.addmm_(grad_CV.t(), hidden_CD)
+        return
+    # There is no product of one dtype into a sum of another: parts of the vocabulary keep the product small.
+    step = 8192
+    for first in range(0, len(grad_VD), step):
+        grad_VD[first : first + step].add_(grad_CV[:, first : first + step].t() @ hidden_CD)
+
+
 class _ChunkedDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -210,34 +304,23 @@ class _ChunkedDistillation(torch.autograd.Function):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_TD) if need_hidden else None
         grad_head = torch.zeros_like(head_VD) if need_head else None
-        square = settings.temperature**2
-        for start in range(0, hidden_TD.shape[0], settings.chunk_tokens):
-            stop = min(start + settings.chunk_tokens, hidden_TD.shape[0])
-            hidden_CD, labels_C = hidden_TD[start:stop].to(dtype), labels_T[start:stop]
-            logits_CV = _wide(F.linear(hidden_CD, shared_VD))
-            labelled_C = labels_C != IGNORE
-            targets_C = labels_C.clamp_min(0).unsqueeze(-1)
-            weight = settings.next_token_weight
-            nll_C = logits_CV.logsumexp(dim=-1) - logits_CV.gather(-1, targets_C).squeeze(-1)
-            nll_sum += nll_C[labelled_C].sum(dtype=torch.float64)
-            by_next = None
-            if weight and (need_hidden or need_head):
-                by_next = logits_CV.softmax(dim=-1)
-                by_next.scatter_add_(-1, targets_C, torch.full_like(targets_C, -1, dtype=by_next.dtype))
-                by_next.mul_(labelled_C.unsqueeze(-1)).mul_(weight)
-            value_C, grad_CV = teacher.divergence(logits_CV.div_(settings.temperature), start, stop, settings)
-            kl_sum += value_C.sum(dtype=torch.float64) * square
-            if need_hidden or need_head:
-                grad_CV.mul_(settings.temperature)
-                if by_next is not None:
-                    grad_CV.add_(by_next)
-                grad_CV = grad_CV.to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden[start:stop] = grad_CV @ shared_VD
-                if grad_head is not None and grad_head.dtype == dtype:
-                    grad_head[:used].addmm_(grad_CV.t(), hidden_CD)
-                elif grad_head is not None:
-                    grad_head[:used].add_(grad_CV.t() @ hidden_CD)
+        labels_T = labels_T.contiguous()
+        logits = ChunkLogits(settings.chunk_tokens, hidden_TD.shape[0], shared_VD, teacher.logits_dtype)
+        for start in range(0, hidden_TD.shape[0], logits.tokens):
+            part = slice(start, min(start + logits.tokens, hidden_TD.shape[0]))
+            hidden_CD = hidden_TD[part].to(dtype)
+            logits.project_student(hidden_CD, shared_VD)
+            keep_logits = not (need_hidden or need_head)
+            value_C, nll_C = teacher.divergence(logits, labels_T[part], start, settings, keep_logits)
+            kl_sum += value_C.sum() * settings.temperature**2
+            nll_sum += nll_C.sum()
+            if keep_logits:
+                continue
+            grad_CV = logits.gradient()
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_CV @ shared_VD
+            if grad_head is not None:
+                _add_outer_products(grad_head[:used], grad_CV, hidden_CD)
         ctx.grads = (grad_hidden, grad_head)
         loss = kl_sum + settings.next_token_weight * nll_sum
         ctx.mark_non_differentiable(kl_sum, nll_sum)

@@ -31,6 +31,7 @@ FLOORS = {
     "qad.philox": 1,
     # F2: operations on them, with and without gradients
     "qad.fake_quant": 2,
+    "qad.divergence": 2,
     "qad.ops": 2,
     "qad.losses": 2,
     "qad.rounding": 2,

@@ -23,7 +23,6 @@ from qad.losses import (
     LossSettings,
     TeacherChunks,
     chunked_distillation,
-    dense_divergence,
 )
 
 T, D, E, V = 23, 12, 20, 57
@@ -308,15 +307,6 @@ def test_bfloat16(hidden_dtype: torch.dtype, head_dtype: torch.dtype, cast: bool
     assert float(sums.loss.detach()) == pytest.approx(float(expected.detach()), rel=0.02)
     for ours, theirs in zip((by_hidden, by_head), wanted, strict=True):
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.05
-
-
-def test_divergences_of_extreme_logits_are_finite() -> None:
-    student = torch.tensor([[200.0, -200.0, 0.0], [-1e4, 1e4, 0.0]])
-    teacher = torch.tensor([[-200.0, 200.0, 0.0], [1e4, -1e4, 0.0]])
-    for kl in KL_MODES:
-        value, gradient = dense_divergence(student.clone(), teacher.clone(), LossSettings(kl))
-        assert bool(torch.isfinite(value).all()), kl
-        assert bool(torch.isfinite(gradient).all()), kl
 
 
 # ---------------------------------------------------------------------------------------------------- settings
