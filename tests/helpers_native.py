@@ -56,7 +56,7 @@ def fuzz(command: Sequence[str], *arguments: str, environment: dict[str, str] | 
         re.MULTILINE,
     )
     assert summary, f"exit status {done.returncode}\n{text}"
-    *counts, names = summary.groups()
-    outcome = Outcome(*map(int, counts), names.split(), text)
+    cases, elements, damaged, outside, mismatches = map(int, summary.groups()[:5])
+    outcome = Outcome(cases, elements, damaged, outside, mismatches, summary[6].split(), text)
     assert done.returncode == (1 if outcome.mismatches else 0), text
     return outcome

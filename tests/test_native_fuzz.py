@@ -60,8 +60,9 @@ def cases(data: bytes) -> Iterator[tuple[Grid, Noise, list[int], Reader]]:
     reader = Reader(data)
     while reader.position < len(data):
         header = reader.array("i4", 7).tolist()
-        whole, real = reader.array("i4", 6).tolist(), reader.array("f4", 2).tolist()
-        grid = Grid("case", *whole[:4], bool(whole[4]), whole[5], *real)
+        bits, block, low_code, high_code, signed, scale_bits = reader.array("i4", 6).tolist()
+        floor, ceiling = reader.array("f4", 2).tolist()
+        grid = Grid("case", bits, block, low_code, high_code, bool(signed), scale_bits, floor, ceiling)
         (mode,), (share,) = reader.array("i4", 1).tolist(), reader.array("f4", 1).tolist()
         low, high, tensor, step = reader.array("u4", 4).tolist()
         yield grid, Noise(NOISE_MODES[mode], share, low + (high << 32), tensor, step), header, reader
