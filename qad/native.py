@@ -119,14 +119,14 @@ def _run(commands: Sequence[list[str]]) -> None:
     try:
         running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     except OSError as error:
-        raise NativeUnavailable(f"the C++ compiler cannot be run: {error}") from None
+        raise NativeUnavailable(f"the C++ compiler cannot be run: {error}; CXX can name another") from None
     failures = [
         f"{shlex.join(command)}\n{errors.strip()}"
         for command, process in zip(commands, running, strict=True)
         if (errors := process.communicate()[1]) is not None and process.returncode
     ]
     if failures:
-        raise NativeUnavailable("the kernels do not compile:\n" + failures[0])
+        raise NativeUnavailable("the kernels do not compile; CXX can name another C++ compiler\n" + failures[0])
 
 
 def build(
@@ -160,8 +160,17 @@ def build(
 
 
 def cache_folder() -> Path:
-    """Return where built libraries are kept: ``$XDG_CACHE_HOME/qad`` or ``~/.cache/qad``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qad"
+    """Return where built libraries are kept: ``$XDG_CACHE_HOME/qad`` or ``~/.cache/qad``.
+
+    Raises:
+        NativeUnavailable: There is no home folder.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "qad"
+    try:
+        return Path.home() / ".cache" / "qad"
+    except RuntimeError:  # a user that the machine does not know, as containers have them
+        raise NativeUnavailable("there is no home folder to keep built kernels in: set XDG_CACHE_HOME") from None
 
 
 def library_path(compiler: Sequence[str]) -> Path:
@@ -172,7 +181,9 @@ def library_path(compiler: Sequence[str]) -> Path:
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     except OSError as error:
-        raise NativeUnavailable(f"the C++ compiler {shlex.join(compiler)} cannot be run: {error}") from None
+        raise NativeUnavailable(
+            f"the C++ compiler {shlex.join(compiler)} cannot be run: {error}; CXX can name another"
+        ) from None
     digest.update(repr((_FLAGS, _units(platform.machine().lower()), sys.platform, list(compiler), version)).encode())
     return cache_folder() / f"native-{digest.hexdigest()[:16]}" / "libqad.so"
 
@@ -180,6 +191,11 @@ def library_path(compiler: Sequence[str]) -> Path:
 def _bind(path: Path) -> ctypes.CDLL:
     """Load a library and declare its functions."""
     library = ctypes.CDLL(str(path))
+    # First, because an older library may lack functions.
+    if (version := library.qad_api_version()) != API_VERSION:
+        raise NativeUnavailable(
+            f"{path} speaks version {version} of the kernels' interface, not {API_VERSION}; delete it to have it rebuilt"
+        )
     pointer, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     word, real = ctypes.c_uint32, ctypes.c_float
     grid, noise = ctypes.POINTER(_Grid), ctypes.POINTER(_Noise)
@@ -221,8 +237,6 @@ def _bind(path: Path) -> ctypes.CDLL:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    if (version := library.qad_api_version()) != API_VERSION:
-        raise NativeUnavailable(f"{path} speaks version {version} of the kernels' interface, not {API_VERSION}")
     return library
 
 
