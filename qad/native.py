@@ -194,7 +194,7 @@ def _bind(path: Path) -> ctypes.CDLL:
     # First, because an older library may lack functions.
     if (version := library.qad_api_version()) != API_VERSION:
         raise NativeUnavailable(
-            f"{path} speaks version {version} of the kernels' interface, not {API_VERSION}; delete it to have it rebuilt"
+            f"{path} speaks version {version} of the kernels' interface, not {API_VERSION}; delete it"
         )
     pointer, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     word, real = ctypes.c_uint32, ctypes.c_float
