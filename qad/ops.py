@@ -20,7 +20,7 @@ from qad.grid import Grid, get_grid
 from qad.noise import HARD, Noise
 
 
-def _cuda() -> ModuleType:
+def cuda_kernels() -> ModuleType:
     """Return the module of CUDA kernels, which only a machine that has such a device needs to load."""
     from qad import native_cuda
 
@@ -33,7 +33,9 @@ def _kernels(*tensors: Tensor | None) -> ModuleType | None:
     if device.type == "cpu":
         return native if native.supports(*tensors) and native.available() is None else None
     if device.type == "cuda":
-        return _cuda() if _cuda().supports(*tensors) and _cuda().available(device) is None else None
+        return (
+            cuda_kernels() if cuda_kernels().supports(*tensors) and cuda_kernels().available(device) is None else None
+        )
     return None
 
 
@@ -42,7 +44,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         return native.describe()
     if device.type == "cuda":
-        return _cuda().describe(device)
+        return cuda_kernels().describe(device)
     return f"plain torch (there are no kernels for {device.type})"
 
 
@@ -51,7 +53,7 @@ def why_reference(device: torch.device) -> str | None:
     if device.type == "cpu":
         return native.available()
     if device.type == "cuda":
-        return _cuda().available(device)
+        return cuda_kernels().available(device)
     return f"there are no kernels for {device.type}"
 
 

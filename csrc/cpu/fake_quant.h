@@ -22,6 +22,25 @@ constexpr uint32_t quiet_nan = 0x7fc00000u;
 
 QAD_INLINE int size_of(int dtype) { return dtype == QAD_F32 ? 4 : 2; }
 
+/* Memory that the next batch will want, asked for a chunk at a time while this one is computed: stages that only compute
+ * would else leave the memory idle. Asking for what lies beyond the end is harmless. */
+struct Ahead {
+    const char *in, *out;
+    int in_bytes, out_bytes; /* of a chunk */
+
+    void ask() {
+        for (int byte = 0; byte < in_bytes; byte += 64) __builtin_prefetch(in + byte, 0, 2);
+        for (int byte = 0; byte < out_bytes; byte += 64) __builtin_prefetch(out + byte, 1, 2);
+        in += in_bytes;
+        out += out_bytes;
+    }
+};
+
+QAD_INLINE Ahead ahead(const qad_fake_quantize_job *job, int64_t first) {
+    const int in = size_of(job->weights_dtype), out = size_of(job->out_dtype);
+    return {(const char *)job->weights + in * first, (const char *)job->out + out * first, in * chunk, out * chunk};
+}
+
 QAD_INLINE const float *load_elements(const void *from, int dtype, int64_t first, int count, float *buffer) {
     if (dtype == QAD_F32) return (const float *)from + first;
     const uint16_t *source = (const uint16_t *)from + first;
@@ -32,6 +51,7 @@ QAD_INLINE const float *load_elements(const void *from, int dtype, int64_t first
     return buffer;
 }
 
+/* Values that are not NaN. */
 QAD_INLINE void store_elements(void *to, int dtype, int64_t first, int count, const float *buffer) {
     uint16_t *target = (uint16_t *)to + first;
     if (dtype == QAD_BF16)
@@ -43,13 +63,27 @@ QAD_INLINE void store_elements(void *to, int dtype, int64_t first, int count, co
 /* See qad_element_key. */
 QAD_INLINE U key_of(F value) { return bit_xor(rotate_left_1(bits_of(value)), set_words(1)); }
 
+QAD_INLINE U block_key(const float *values, int block) {
+    U key = key_of(load(values));
+    for (int i = width; i < block; i += width) key = max_words(key, key_of(load(values + i)));
+    return key;
+}
+
+template <int block> QAD_INLINE void find_keys_of(const float *values, int blocks, uint32_t *keys) {
+    int b = 0;
+    for (; b + 4 <= blocks; b += 4, values += 4 * block)
+        reduce_max_4(keys + b, block_key(values, block), block_key(values + block, block),
+                     block_key(values + 2 * block, block), block_key(values + 3 * block, block));
+    for (; b < blocks; ++b, values += block) keys[b] = reduce_max(block_key(values, block));
+}
+
 QAD_INLINE void find_keys(const float *values, int blocks, int block, uint32_t *keys) {
-    for (int b = 0; b < blocks; ++b) {
-        U key = key_of(load(values));
-        for (int i = width; i < block; i += width) key = max_words(key, key_of(load(values + i)));
-        keys[b] = reduce_max(key);
-        values += block;
-    }
+    if (block == 32)
+        find_keys_of<32>(values, blocks, keys);
+    else if (block == 64)
+        find_keys_of<64>(values, blocks, keys);
+    else
+        find_keys_of<128>(values, blocks, keys);
 }
 
 QAD_INLINE bool all_finite(const float *values, int count) {
@@ -129,33 +163,30 @@ struct Draws {
     float block[most_blocks];
 };
 
-/* The (fractional, unless hard) code of a scaled weight. */
+QAD_INLINE F round_code(F clamped) {
+    const F magic = set(12582912.0f);
+    return sub(add(clamped, magic), magic);
+}
+
+/* The (fractional, unless hard) code of a scaled weight. A sum with noise is never -0: the noise is never zero, and what
+ * cancels gives +0. */
 template <int mode, bool mixed>
 QAD_INLINE F code_of(F scaled, const uint16_t *random, M hard, F low, F high) {
-    const F magic = set(12582912.0f);
-    F soft, rounded;
-    if (mode == QAD_NOISE_NONE || mixed) {
-        rounded = min_of(high, max_of(low, scaled));
-        rounded = sub(add(rounded, magic), magic);
-        if (mode == QAD_NOISE_NONE) return rounded;
-    }
-    if (mode == QAD_NOISE_UNIFORM) {
-        soft = add(scaled, uniform_from(widen(random), -0.5f));
-        soft = add(min_of(high, max_of(low, soft)), set(0.0f));
-    } else if (mode == QAD_NOISE_STOCHASTIC) {
-        const F moved = min_of(high, max_of(low, add(scaled, uniform_from(widen(random), 0.0f))));
-        soft = sub(add(moved, magic), magic);
-        soft = sub(soft, keep_if(less(moved, soft), set(1.0f)));
-    } else {
-        soft = add(min_of(high, max_of(low, scaled)), set(0.0f));
-    }
-    if (mixed) return choose(hard, rounded, soft);
-    return soft;
+    F moved = scaled;
+    if (mode == QAD_NOISE_UNIFORM) moved = add(scaled, uniform_from(widen(random), -0.5f));
+    if (mode == QAD_NOISE_STOCHASTIC) moved = add(scaled, uniform_from(widen(random), 0.0f));
+    if (mixed && mode != QAD_NOISE_PARTIAL) moved = choose(hard, scaled, moved);
+    moved = min_of(high, max_of(low, moved));
+    if (mode == QAD_NOISE_NONE) return round_code(moved);
+    F soft = moved;
+    if (mode == QAD_NOISE_STOCHASTIC) soft = floor_of(moved);
+    if (mode == QAD_NOISE_PARTIAL) soft = add(moved, set(0.0f));
+    return mixed ? choose(hard, round_code(moved), soft) : soft;
 }
 
 template <int mode, bool mixed>
 void forward_batch(const float *values, float *out, int blocks, const qad_grid &grid, const Scales &scales,
-                   const Draws &draws, float hard_share) {
+                   const Draws &draws, float hard_share, Ahead next) {
     const F low = set((float)grid.code_min), high = set((float)grid.code_max), share = set(hard_share);
     const uint16_t *random = draws.element;
     for (int b = 0; b < blocks; ++b) {
@@ -168,6 +199,7 @@ void forward_batch(const float *values, float *out, int blocks, const qad_grid &
                 const F scaled = mul(load(values + v * width), inverse);
                 store(out + v * width, mul(code_of<mode, mixed>(scaled, random + v * width, hard, low, high), scale));
             }
+            next.ask();
             values += chunk;
             out += chunk;
             random += chunk;
@@ -175,7 +207,7 @@ void forward_batch(const float *values, float *out, int blocks, const qad_grid &
     }
 }
 
-void mask_batch(const float *values, float *grad, int blocks, const qad_grid &grid, const Scales &scales) {
+void mask_batch(const float *values, float *grad, int blocks, const qad_grid &grid, const Scales &scales, Ahead next) {
     const F first = set((float)grid.code_min - 0.5f), last = set((float)grid.code_max + 0.5f);
     for (int b = 0; b < blocks; ++b) {
         const F inverse = set(scales.inverse[b]);
@@ -186,6 +218,7 @@ void mask_batch(const float *values, float *grad, int blocks, const qad_grid &gr
                 const M inside = both(less_equal(first, scaled), less_equal(scaled, last));
                 store(grad + v * width, keep_if(inside, load(grad + v * width)));
             }
+            next.ask();
             values += chunk;
             grad += chunk;
         }
@@ -194,7 +227,7 @@ void mask_batch(const float *values, float *grad, int blocks, const qad_grid &gr
 
 template <int mode, bool mixed>
 void learn_batch(const float *values, float *grad, float *grad_scales, int blocks, const qad_grid &grid,
-                 const Scales &scales, const Draws &draws, float hard_share) {
+                 const Scales &scales, const Draws &draws, float hard_share, Ahead next) {
     const F low = set((float)grid.code_min), high = set((float)grid.code_max), share = set(hard_share);
     const F first = set((float)grid.code_min - 0.5f), last = set((float)grid.code_max + 0.5f);
     const uint16_t *random = draws.element;
@@ -214,6 +247,7 @@ void learn_batch(const float *values, float *grad, float *grad_scales, int block
             grad += width;
             random += width;
         }
+        for (int i = 0; i < grid.block; i += chunk) next.ask();
         for (; count > 1; count /= 2)
             for (int i = 0; i < count / 2; ++i) products[i] = add(products[i], products[i + count / 2]);
         grad_scales[b] = fold(products[0]);
@@ -233,20 +267,23 @@ struct Mode {
 
 QAD_INLINE void fill_blocks(Draws &draws, int64_t first, int blocks, const Random &random) {
     uint16_t bits[most_blocks + random_step];
-    fill_random(bits, first, blocks, random, nullptr, 0, nullptr, 0);
+    fill_random(bits, first, blocks, random);
     for (int b = 0; b < blocks; ++b) draws.block[b] = ((float)bits[b] + 0.5f) * 0x1p-16f;
 }
 
-void fill_damaged(float *values, int blocks, int block, const Scales &scales, float with) {
-    for (int b = 0; b < blocks; ++b)
-        if (scales.damaged[b])
-            for (int i = 0; i < block; ++i) values[b * block + i] = with;
-}
-
-QAD_INLINE float nan_value() {
-    float value;
-    memcpy(&value, &quiet_nan, 4);
-    return value;
+/* Overwrite the damaged blocks of a batch that begins at element `first`. */
+void fill_damaged(void *to, int dtype, int64_t first, int blocks, int block, const Scales &scales, bool with_nan) {
+    const uint32_t word = with_nan ? quiet_nan : 0u;
+    const uint16_t half = (uint16_t)(!with_nan ? 0u : dtype == QAD_BF16 ? 0x7fc0u : 0x7e00u);
+    for (int b = 0; b < blocks; ++b) {
+        if (!scales.damaged[b]) continue;
+        for (int64_t i = first + b * block; i < first + (b + 1) * block; ++i) {
+            if (dtype == QAD_F32)
+                memcpy((float *)to + i, &word, 4);
+            else
+                memcpy((uint16_t *)to + i, &half, 2);
+        }
+    }
 }
 
 int64_t fake_quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
@@ -265,30 +302,24 @@ int64_t fake_quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t e
         const int64_t first = b * grid.block;
         const float *values = load_elements(job->weights, job->weights_dtype, first, count, in_buffer);
         float *out = job->out_dtype == QAD_F32 ? (float *)job->out + first : out_buffer;
-        if (mode.draws_elements()) {
-            const bool more = b + 2 * per_batch <= end;
-            const int in_bytes = size_of(job->weights_dtype) * QAD_BATCH, out_bytes = size_of(job->out_dtype) * QAD_BATCH;
-            fill_random(draws.element, first, count, elements,
-                        (const char *)job->weights + size_of(job->weights_dtype) * (first + QAD_BATCH),
-                        more ? in_bytes : 0, (const char *)job->out + size_of(job->out_dtype) * (first + QAD_BATCH),
-                        more ? out_bytes : 0);
-        }
+        if (mode.draws_elements()) fill_random(draws.element, first, count, elements);
         find_scales(values, job->scales ? job->scales + b : nullptr, blocks, grid, scales);
         if (mode.mixed) fill_blocks(draws, b, blocks, hardness);
+        const Ahead next = ahead(job, first + QAD_BATCH);
         if (mode.mode == QAD_NOISE_NONE)
-            forward_batch<QAD_NOISE_NONE, false>(values, out, blocks, grid, scales, draws, 0);
+            forward_batch<QAD_NOISE_NONE, false>(values, out, blocks, grid, scales, draws, 0, next);
         else if (mode.mode == QAD_NOISE_UNIFORM)
             (mode.mixed ? forward_batch<QAD_NOISE_UNIFORM, true> : forward_batch<QAD_NOISE_UNIFORM, false>)(
-                values, out, blocks, grid, scales, draws, noise.hard_share);
+                values, out, blocks, grid, scales, draws, noise.hard_share, next);
         else if (mode.mode == QAD_NOISE_STOCHASTIC)
             (mode.mixed ? forward_batch<QAD_NOISE_STOCHASTIC, true> : forward_batch<QAD_NOISE_STOCHASTIC, false>)(
-                values, out, blocks, grid, scales, draws, noise.hard_share);
+                values, out, blocks, grid, scales, draws, noise.hard_share, next);
         else
             (mode.mixed ? forward_batch<QAD_NOISE_PARTIAL, true> : forward_batch<QAD_NOISE_PARTIAL, false>)(
-                values, out, blocks, grid, scales, draws, noise.hard_share);
-        if (scales.damaged_count) fill_damaged(out, blocks, grid.block, scales, nan_value());
-        damaged += scales.damaged_count;
+                values, out, blocks, grid, scales, draws, noise.hard_share, next);
         if (job->out_dtype != QAD_F32) store_elements(job->out, job->out_dtype, first, count, out);
+        if (scales.damaged_count) fill_damaged(job->out, job->out_dtype, first, blocks, grid.block, scales, true);
+        damaged += scales.damaged_count;
         if (job->used_scales) memcpy(job->used_scales + b, scales.scale, (size_t)blocks * 4);
     }
     return damaged;
@@ -311,30 +342,31 @@ int64_t backward(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
         const float *values = load_elements(job->weights, job->weights_dtype, first, count, in_buffer);
         float *grad = (float *)load_elements(job->out, job->out_dtype, first, count, grad_buffer);
         find_scales(values, job->scales ? job->scales + b : nullptr, blocks, grid, scales);
+        const Ahead next = ahead(job, first + QAD_BATCH);
         if (!job->grad_scales) {
-            mask_batch(values, grad, blocks, grid, scales);
+            mask_batch(values, grad, blocks, grid, scales, next);
         } else {
             float *slopes = job->grad_scales + b;
-            if (mode.draws_elements()) fill_random(draws.element, first, count, elements, nullptr, 0, nullptr, 0);
+            if (mode.draws_elements()) fill_random(draws.element, first, count, elements);
             if (mode.mixed) fill_blocks(draws, b, blocks, hardness);
             if (mode.mode == QAD_NOISE_NONE)
-                learn_batch<QAD_NOISE_NONE, false>(values, grad, slopes, blocks, grid, scales, draws, 0);
+                learn_batch<QAD_NOISE_NONE, false>(values, grad, slopes, blocks, grid, scales, draws, 0, next);
             else if (mode.mode == QAD_NOISE_UNIFORM)
                 (mode.mixed ? learn_batch<QAD_NOISE_UNIFORM, true> : learn_batch<QAD_NOISE_UNIFORM, false>)(
-                    values, grad, slopes, blocks, grid, scales, draws, noise.hard_share);
+                    values, grad, slopes, blocks, grid, scales, draws, noise.hard_share, next);
             else if (mode.mode == QAD_NOISE_STOCHASTIC)
                 (mode.mixed ? learn_batch<QAD_NOISE_STOCHASTIC, true> : learn_batch<QAD_NOISE_STOCHASTIC, false>)(
-                    values, grad, slopes, blocks, grid, scales, draws, noise.hard_share);
+                    values, grad, slopes, blocks, grid, scales, draws, noise.hard_share, next);
             else
                 (mode.mixed ? learn_batch<QAD_NOISE_PARTIAL, true> : learn_batch<QAD_NOISE_PARTIAL, false>)(
-                    values, grad, slopes, blocks, grid, scales, draws, noise.hard_share);
+                    values, grad, slopes, blocks, grid, scales, draws, noise.hard_share, next);
             if (scales.damaged_count)
                 for (int i = 0; i < blocks; ++i)
                     if (scales.damaged[i]) slopes[i] = 0.0f;
         }
-        if (scales.damaged_count) fill_damaged(grad, blocks, grid.block, scales, 0.0f);
-        damaged += scales.damaged_count;
         if (job->out_dtype != QAD_F32) store_elements(job->out, job->out_dtype, first, count, grad);
+        if (scales.damaged_count) fill_damaged(job->out, job->out_dtype, first, blocks, grid.block, scales, false);
+        damaged += scales.damaged_count;
     }
     return damaged;
 }
@@ -382,7 +414,10 @@ int64_t dequantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end)
         const int64_t first = b * block;
         float *out = job->out_dtype == QAD_F32 ? (float *)job->out + first : out_buffer;
         memcpy(halves, job->stored_scales + b, (size_t)blocks * 2);
-        for (int i = 0; i < blocks; i += width) store(scales + i, load_half(halves + i));
+        for (int i = 0; i < blocks; i += width) {
+            const F scale = load_half(halves + i);
+            store(scales + i, choose(less_equal(scale, scale), scale, float_of(set_words(quiet_nan))));
+        }
         const int8_t *codes = job->codes + first;
         for (int i = 0; i < blocks; ++i) {
             const F scale = set(scales[i]);
@@ -399,7 +434,7 @@ void uniform16(float *out, int64_t count, uint32_t seed_low, uint32_t seed_high,
     uint16_t bits[QAD_BATCH];
     for (int64_t first = 0; first < count; first += QAD_BATCH) {
         const int left = (int)(count - first < (int64_t)QAD_BATCH ? count - first : (int64_t)QAD_BATCH);
-        fill_random(bits, first, left, random, nullptr, 0, nullptr, 0);
+        fill_random(bits, first, left, random);
         for (int i = 0; i < left; ++i) out[first + i] = ((float)bits[i] + 0.5f) * 0x1p-16f;
     }
 }

@@ -6,7 +6,7 @@
 
 /* Elements that are worked on at a time: with their noise and a second buffer they stay in a first-level cache. Work
  * is split between threads at multiples of this, so that no call of the random generator is shared. */
-enum { QAD_BATCH = 2048 };
+enum { QAD_BATCH = 1024 };
 
 struct qad_fake_quantize_job {
     const void *weights;

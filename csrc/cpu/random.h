@@ -21,33 +21,43 @@ struct Random {
     }
 };
 
-/* Elements of one step of fill_random: 8 per call. Buffers must have room for a multiple of it. */
-constexpr int random_step = 4 * width;
+/* Vectors of calls that are worked on side by side, so that one's multiplication hides the latency of another's. */
+constexpr int lanes_of_calls = 2;
 
-/* Fill out with 16 random bits for `count` elements, the first of which is `first` (a multiple of 8). `next` and
- * `next_out`: memory that is wanted after this, asked for while the multipliers are busy; null for none. */
-QAD_INLINE void fill_random(uint16_t *out, int64_t first, int count, const Random &random, const char *next,
-                            int next_bytes, const char *next_out, int next_out_bytes) {
+/* Elements of one step of fill_random: 8 per call. Buffers must have room for a multiple of it. */
+constexpr int random_step = 4 * width * lanes_of_calls;
+
+/* Fill out with 16 random bits for `count` elements, the first of which is `first` (a multiple of 8). */
+QAD_INLINE void fill_random(uint16_t *out, int64_t first, int count, const Random &random) {
     const D multiplier_0 = set_long(QAD_PHILOX_MULTIPLIER_0), multiplier_1 = set_long(QAD_PHILOX_MULTIPLIER_1);
     D call = add_long(set_long((uint64_t)first / 8), first_calls());
-    const D calls_per_step = set_long(width / 2);
-    const int bytes_per_step = next_bytes * random_step / QAD_BATCH, out_per_step = next_out_bytes * random_step / QAD_BATCH;
+    const D calls_per_vector = set_long(width / 2);
     for (int element = 0; element < count; element += random_step) {
-        D c0 = call, c1 = random.tensor, c2 = random.step, c3 = random.stream;
+        D words[lanes_of_calls][4];
+#pragma GCC unroll 4
+        for (int lane = 0; lane < lanes_of_calls; ++lane) {
+            words[lane][0] = call;
+            words[lane][1] = random.tensor;
+            words[lane][2] = random.step;
+            words[lane][3] = random.stream;
+            call = add_long(call, calls_per_vector);
+        }
 #pragma GCC unroll 7
         for (int round = 0; round < QAD_PHILOX_ROUNDS; ++round) {
-            const D product_0 = mul_low_words(c0, multiplier_0), product_1 = mul_low_words(c2, multiplier_1);
-            c0 = xor_3(high_word(product_1), c1, random.keys[2 * round]);
-            c1 = product_1;
-            c2 = xor_3(high_word(product_0), c3, random.keys[2 * round + 1]);
-            c3 = product_0;
+#pragma GCC unroll 4
+            for (int lane = 0; lane < lanes_of_calls; ++lane) {
+                D *c = words[lane];
+                const D product_0 = mul_low_words(c[0], multiplier_0), product_1 = mul_low_words(c[2], multiplier_1);
+                c[0] = xor_3(high_word(product_1), c[1], random.keys[2 * round]);
+                c[1] = product_1;
+                c[2] = xor_3(high_word(product_0), c[3], random.keys[2 * round + 1]);
+                c[3] = product_0;
+            }
         }
-        interleave(out + element, join(c0, c1), join(c2, c3));
-        call = add_long(call, calls_per_step);
-        for (int byte = 0; byte < bytes_per_step; byte += 64) __builtin_prefetch(next + byte, 0);
-        for (int byte = 0; byte < out_per_step; byte += 64) __builtin_prefetch(next_out + byte, 1);
-        next += bytes_per_step;
-        next_out += out_per_step;
+#pragma GCC unroll 4
+        for (int lane = 0; lane < lanes_of_calls; ++lane)
+            interleave(out + element + 4 * width * lane, join(words[lane][0], words[lane][1]),
+                       join(words[lane][2], words[lane][3]));
     }
 }
 

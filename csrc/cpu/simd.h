@@ -42,6 +42,7 @@ QAD_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 QAD_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 QAD_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 QAD_INLINE F fused_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+QAD_INLINE F floor_of(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 QAD_INLINE F max_of(F a, F b) { return _mm512_max_ps(a, b); }
 QAD_INLINE F min_of(F a, F b) { return _mm512_min_ps(a, b); }
 QAD_INLINE U bits_of(F a) { return _mm512_castps_si512(a); }
@@ -63,6 +64,13 @@ QAD_INLINE M both(M a, M b) { return (M)(a & b); }
 QAD_INLINE F keep_if(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
 QAD_INLINE F choose(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
 QAD_INLINE uint32_t reduce_max(U a) { return _mm512_reduce_max_epu32(a); }
+QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
+    a = _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    c = _mm512_max_epu32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    a = _mm512_max_epu32(_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c));
+    const __m256i half = _mm256_max_epu32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    _mm_storeu_si128((__m128i *)p, _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
 QAD_INLINE float fold(F a) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a),
                                       _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)));
@@ -72,6 +80,12 @@ QAD_INLINE float fold(F a) {
 }
 QAD_INLINE U widen(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
 QAD_INLINE void narrow(uint16_t *p, U a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a)); }
+/* The high halves of the words. */
+QAD_INLINE void narrow_high(uint16_t *p, U a) {
+    const __m512i odd = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15,
+                                         13, 11, 9, 7, 5, 3, 1);
+    _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd, a)));
+}
 QAD_INLINE F load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 QAD_INLINE void store_half(uint16_t *p, F a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -116,6 +130,7 @@ QAD_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 QAD_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 QAD_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
 QAD_INLINE F fused_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+QAD_INLINE F floor_of(F a) { return _mm256_floor_ps(a); }
 QAD_INLINE F max_of(F a, F b) { return _mm256_max_ps(a, b); }
 QAD_INLINE F min_of(F a, F b) { return _mm256_min_ps(a, b); }
 QAD_INLINE U bits_of(F a) { return _mm256_castps_si256(a); }
@@ -141,6 +156,12 @@ QAD_INLINE uint32_t reduce_max(U a) {
     half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
+QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
+    a = _mm256_max_epu32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    c = _mm256_max_epu32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    a = _mm256_max_epu32(_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c));
+    _mm_storeu_si128((__m128i *)p, _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
+}
 QAD_INLINE float fold(F a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -151,6 +172,7 @@ QAD_INLINE void narrow(uint16_t *p, U a) {
     const __m256i packed = _mm256_packus_epi32(a, a);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
+QAD_INLINE void narrow_high(uint16_t *p, U a) { narrow(p, _mm256_srli_epi32(a, 16)); }
 QAD_INLINE F load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 QAD_INLINE void store_half(uint16_t *p, F a) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -195,6 +217,7 @@ QAD_INLINE F sub(F a, F b) { return vsubq_f32(a, b); }
 QAD_INLINE F mul(F a, F b) { return vmulq_f32(a, b); }
 QAD_INLINE F div(F a, F b) { return vdivq_f32(a, b); }
 QAD_INLINE F fused_add(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+QAD_INLINE F floor_of(F a) { return vrndmq_f32(a); }
 QAD_INLINE F max_of(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 QAD_INLINE F min_of(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 QAD_INLINE U bits_of(F a) { return vreinterpretq_u32_f32(a); }
@@ -216,12 +239,16 @@ QAD_INLINE M both(M a, M b) { return vandq_u32(a, b); }
 QAD_INLINE F keep_if(M m, F a) { return float_of(vandq_u32(m, bits_of(a))); }
 QAD_INLINE F choose(M m, F a, F b) { return vbslq_f32(m, a, b); }
 QAD_INLINE uint32_t reduce_max(U a) { return vmaxvq_u32(a); }
+QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
+    vst1q_u32(p, vpmaxq_u32(vpmaxq_u32(a, b), vpmaxq_u32(c, d)));
+}
 QAD_INLINE float fold(F a) {
     const float32x2_t half = vadd_f32(vget_low_f32(a), vget_high_f32(a));
     return vget_lane_f32(half, 0) + vget_lane_f32(half, 1);
 }
 QAD_INLINE U widen(const uint16_t *p) { return vmovl_u16(vld1_u16(p)); }
 QAD_INLINE void narrow(uint16_t *p, U a) { vst1_u16(p, vmovn_u32(a)); }
+QAD_INLINE void narrow_high(uint16_t *p, U a) { vst1_u16(p, vshrn_n_u32(a, 16)); }
 QAD_INLINE F load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 QAD_INLINE void store_half(uint16_t *p, F a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
 QAD_INLINE F load_codes(const int8_t *p) {
@@ -275,6 +302,11 @@ QAD_INLINE F mul(F a, F b) { return a * b; }
 QAD_INLINE F div(F a, F b) { return a / b; }
 /* Callers use fused_add only where the product is exact, or where the last bit does not matter. */
 QAD_INLINE F fused_add(F a, F b, F c) { return a * b + c; }
+/* For magnitudes below 2^22. */
+QAD_INLINE F floor_of(F a) {
+    const F magic = set(12582912.0f), nearest = (a + magic) - magic;
+    return nearest - keep_if((U)(a < nearest), set(1.0f));
+}
 QAD_INLINE F max_of(F a, F b) { return choose((U)(a > b), a, b); }
 QAD_INLINE F min_of(F a, F b) { return choose((U)(a < b), a, b); }
 QAD_INLINE F convert(U a) { return __builtin_convertvector((Signed)a, F); }
@@ -299,6 +331,12 @@ QAD_INLINE uint32_t reduce_max(U a) {
     const uint32_t low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];
     return low > high ? low : high;
 }
+QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
+    p[0] = reduce_max(a);
+    p[1] = reduce_max(b);
+    p[2] = reduce_max(c);
+    p[3] = reduce_max(d);
+}
 QAD_INLINE float fold(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 QAD_INLINE U widen(const uint16_t *p) {
     uint16_t four[4];
@@ -309,6 +347,7 @@ QAD_INLINE void narrow(uint16_t *p, U a) {
     const uint16_t four[4] = {(uint16_t)a[0], (uint16_t)a[1], (uint16_t)a[2], (uint16_t)a[3]};
     memcpy(p, four, sizeof four);
 }
+QAD_INLINE void narrow_high(uint16_t *p, U a) { narrow(p, a >> 16); }
 /* fp16 by its definition: subnormals through an exact product, infinities and NaNs by their exponent. */
 QAD_INLINE F load_half(const uint16_t *p) {
     const U half = widen(p), magnitude = half & 0x7fffu, moved = magnitude << 13;
@@ -352,12 +391,11 @@ QAD_INLINE void interleave(uint16_t *p, D first, D second) {
 /* ---- the same on every instruction set ---- */
 
 QAD_INLINE F load_bfloat(const uint16_t *p) { return float_of(shift_left(widen(p), 16)); }
-/* Half to even; a NaN becomes the quiet NaN, or the rounding would carry its payload into an infinity. */
+/* Half to even. Not for NaNs, whose payload the rounding would carry into an infinity. */
 QAD_INLINE void store_bfloat(uint16_t *p, F a) {
     const U bits = bits_of(a);
     const U odd = bit_and(shift_right(bits, 16), set_words(1));
-    const U rounded = shift_right(add_words(bits, add_words(odd, set_words(0x7fff))), 16);
-    narrow(p, bits_of(choose(less_equal(a, a), float_of(rounded), float_of(set_words(0x7fc0)))));
+    narrow_high(p, add_words(add_words(bits, set_words(0x7fff)), odd));
 }
 
 } // namespace

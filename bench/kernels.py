@@ -1,0 +1,326 @@
+"""How fast the kernels are: against a copy of the same bytes, and against what others use for the same work.
+
+    python bench/kernels.py [--device cpu|cuda] [--threads 1] [--json OUT.json] [--plot OUT.png]
+
+Each figure is the best of several rounds in which every contender has its turn, so that a neighbour on a shared machine
+slows all of them alike. The yardstick is a copy of the weight in the same process: GB/s are the bytes that an operation
+must move, read and written, whatever it moves in fact.
+
+Rivals of the forward pass without noise: the same formula in eager torch into memory that stays mapped (by default
+each of its temporaries costs a page fault per 4 KiB), the same formula under torch.compile, torchao's fake quantizer
+and, on a GPU, NVIDIA ModelOpt's; what is not installed is named and left out. Needs torch and numpy alone; matplotlib
+for the plot.
+
+Shapes: N output features, K input features, G blocks along K.
+"""
+
+import argparse
+import ctypes
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qad import native, ops
+from qad.grid import GRIDS, Grid
+from qad.noise import HARD, Noise
+from qad.tensor import absmax_scales, as_blocks, round_scales
+
+SHAPES = {
+    "4096 x 4096": (4096, 4096),
+    "4096 x 14336": (4096, 14336),
+    "SmolLM2 q_proj 576 x 576": (576, 576),
+    "SmolLM2 up_proj 1536 x 576": (1536, 576),
+    "SmolLM2 embedding 49152 x 576": (49152, 576),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORWARDS = {
+    "forward": HARD,
+    "forward, uniform noise": Noise("uniform", 0.0, seed=1),
+    "forward, stochastic rounding": Noise("stochastic", 0.0, seed=1),
+    "forward, partial": Noise("partial", 0.5, seed=1),
+    "forward, uniform noise, half hard": Noise("uniform", 0.5, seed=1),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation on one tensor.
+
+    Attributes:
+        operation, shape, dtype: Which.
+        milliseconds: Best time of a call.
+        gigabytes_per_s: Bytes that must move over that time.
+        copy_share: The same as a share of the copy's.
+        faster_than: Time of each rival over ours.
+    """
+
+    operation: str
+    shape: str
+    dtype: str
+    milliseconds: float
+    gigabytes_per_s: float
+    copy_share: float
+    faster_than: dict[str, float]
+
+
+class Stopwatch:
+    """Times calls, on a GPU with its own events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def seconds(self, call: Callable[[], object], repeats: int) -> float:
+        """Return the mean time of a call among ``repeats`` in a row."""
+        if not self._cuda:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return (time.perf_counter() - start) / repeats
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+
+    def best(self, calls: dict[str, Callable[[], object]], rounds: int, least_s: float = 0.005) -> dict[str, float]:
+        """Return the best time of each call; they take turns, each for at least ``least_s`` a turn."""
+        repeats = {name: max(1, int(least_s / max(1e-9, self._warm(call)))) for name, call in calls.items()}
+        times = {name: float("inf") for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                times[name] = min(times[name], self.seconds(call, repeats[name]))
+        return times
+
+    def _warm(self, call: Callable[[], object]) -> float:
+        self.seconds(call, 1)
+        return self.seconds(call, 1)
+
+
+def keep_pages_mapped() -> bool:
+    """Make malloc keep its pages instead of handing large ones back; returns whether it could (glibc only)."""
+    try:
+        libc = ctypes.CDLL(None)
+        no_mmap = libc.mallopt(-4, 0)  # M_MMAP_MAX
+        no_trim = libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        return False
+    return bool(no_mmap and no_trim)
+
+
+def eager_formula(weight_NK: Tensor, grid: Grid) -> Tensor:
+    """The forward pass as one writes it in torch, without checks, in place where it can be."""
+    blocks = as_blocks(weight_NK.float(), grid)
+    low_NG, high_NG = blocks.aminmax(dim=-1)
+    if grid.signed_scale:
+        scales = torch.where(high_NG >= -low_NG, high_NG, low_NG) / grid.code_min
+    else:
+        scales = torch.maximum(high_NG, -low_NG) / grid.code_max
+    scales = round_scales(scales, grid).unsqueeze(-1)
+    codes = (blocks * scales.reciprocal()).round_().clamp_(grid.code_min, grid.code_max)
+    return codes.mul_(scales).view_as(weight_NK).to(weight_NK.dtype)
+
+
+def compiled_formula(weight_NK: Tensor, grid: Grid) -> Tensor:
+    """The same without in-place steps, for the compiler to fuse."""
+    blocks = as_blocks(weight_NK.float(), grid)
+    low_NG, high_NG = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    if grid.signed_scale:
+        scales = torch.where(high_NG >= -low_NG, high_NG, low_NG) / grid.code_min
+    else:
+        scales = torch.maximum(high_NG, -low_NG) / grid.code_max
+    scales = round_scales(scales, grid).unsqueeze(-1)
+    codes = (blocks * (1.0 / scales)).round().clamp(grid.code_min, grid.code_max)
+    return (codes * scales).view_as(weight_NK).to(weight_NK.dtype)
+
+
+def rivals(grid: Grid, device: torch.device) -> tuple[dict[str, Callable[[Tensor], object]], list[str]]:
+    """Return what else can do the forward pass here, and why the others cannot."""
+    found: dict[str, Callable[[Tensor], object]] = {"eager torch": lambda weight: eager_formula(weight, grid)}
+    missing: list[str] = []
+    compiled = torch.compile(compiled_formula)
+    found["torch.compile"] = lambda weight: compiled(weight, grid)
+    try:
+        logging.disable(logging.WARNING)  # of libraries of kernels that it misses
+        from torchao.quantization.qat import IntxFakeQuantizeConfig
+        from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
+
+        kind = {4: torch.int4, 8: torch.int8}[grid.bits]
+        found["torchao"] = IntxFakeQuantizer(IntxFakeQuantizeConfig(kind, group_size=grid.block, is_symmetric=True))
+    except ImportError as error:
+        missing.append(f"torchao: {error}")
+    finally:
+        logging.disable(logging.NOTSET)
+    if device.type == "cuda":
+        try:
+            from modelopt.torch.quantization.config import QuantizerAttributeConfig  # pyright: ignore
+            from modelopt.torch.quantization.nn import TensorQuantizer  # pyright: ignore
+
+            config = QuantizerAttributeConfig(num_bits=grid.bits, block_sizes={-1: grid.block})
+            found["ModelOpt"] = TensorQuantizer(config)
+        except ImportError as error:
+            missing.append(f"NVIDIA ModelOpt: {error}")
+    else:
+        missing.append("NVIDIA ModelOpt: its kernel needs a GPU")
+    return found, missing
+
+
+def measure(
+    grid: Grid, shape: str, dtype: str, device: torch.device, rounds: int, others: dict[str, Callable[[Tensor], object]]
+) -> Iterator[Row]:
+    """Yield the figures of every operation on one tensor."""
+    rows, columns = SHAPES[shape]
+    watch = Stopwatch(device)
+    kind = DTYPES[dtype]
+    weight = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02).to(device, kind)
+    grad, out = torch.randn_like(weight), torch.empty_like(weight)
+    scales = absmax_scales(weight.float(), grid)
+    used, codes = torch.empty_like(scales), torch.empty(rows, columns, dtype=torch.int8, device=device)
+    stored = scales.to(torch.float16)
+    kernels = native if device.type == "cpu" else ops.cuda_kernels()
+    element, blocks = weight.element_size(), scales.numel()
+    calls: dict[str, tuple[Callable[[], object], int]] = {"copy": (lambda: out.copy_(weight), 2 * element)}
+    for name, noise in FORWARDS.items():
+        calls[name] = (lambda noise=noise: ops.fake_quantize(weight, None, grid, noise, out, used), 2 * element)
+    calls["forward, scales given"] = (lambda: ops.fake_quantize(weight, scales, grid, HARD, out), 2 * element)
+    calls["backward"] = (
+        lambda: ops.fake_quantize_backward(grad, weight, scales, grid, learn_scales=False),
+        3 * element,
+    )
+    calls["backward, learned scales"] = (
+        lambda: kernels.fake_quantize_backward(grad, weight, scales, grid, HARD, used),
+        3 * element,
+    )
+    calls["quantize"] = (lambda: kernels.quantize(weight, None, grid, codes, stored), element + 1)
+    calls["dequantize"] = (lambda: kernels.dequantize(codes, stored, grid, out), element + 1)
+    contenders = {name: call for name, (call, _) in calls.items()}
+    contenders |= {name: lambda rival=rival: rival(weight) for name, rival in others.items()}
+    times = watch.best(contenders, rounds)
+    copy_rate = calls["copy"][1] * weight.numel() / times["copy"] / 1e9
+    for name, (_, per_element) in calls.items():
+        extra = 0 if name == "copy" else 4 * blocks
+        rate = (per_element * weight.numel() + extra) / times[name] / 1e9
+        faster = {rival: times[rival] / times[name] for rival in others} if name == "forward" else {}
+        yield Row(name, shape, dtype, times[name] * 1e3, rate, rate / copy_rate, faster)
+
+
+def commit() -> str:
+    """Return the commit of the sources, empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Return what a figure must be read with."""
+    facts = {"torch": torch.__version__, "platform": platform.platform(), "threads": str(torch.get_num_threads())}
+    facts["kernels"] = ops.describe(device)
+    if device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            facts["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:
+            facts["driver"] = "unknown"
+    else:
+        cpu = Path("/proc/cpuinfo")
+        lines = cpu.read_text().splitlines() if cpu.exists() else []
+        facts["device"] = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
+    return facts
+
+
+def draw(rows: list[Row], path: Path, title: str) -> None:
+    """Draw each operation's share of the copy rate, one panel per dtype and one bar per shape."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    operations = [name for name in dict.fromkeys(row.operation for row in rows) if name != "copy"]
+    figure, panels = plt.subplots(1, len(dtypes), figsize=(4 + 4 * len(dtypes), 7), sharey=True, squeeze=False)
+    height = 0.8 / len(shapes)
+    for panel, dtype in zip(panels[0], dtypes, strict=True):
+        for index, shape in enumerate(shapes):
+            share = {row.operation: row.copy_share for row in rows if row.dtype == dtype and row.shape == shape}
+            places = [position + (index - (len(shapes) - 1) / 2) * height for position in range(len(operations))]
+            panel.barh(places, [share.get(name, 0.0) for name in operations], height=height, label=shape)
+        panel.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+        panel.set_title(dtype)
+        panel.set_xlabel("GB/s as a share of a copy")
+        panel.set_yticks(range(len(operations)), operations)
+    panels[0][0].invert_yaxis()
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--grid", default="q4_0", choices=sorted(GRIDS), help="default: q4_0")
+    parser.add_argument("--isa", choices=native.INSTRUCTION_SETS, help="force an instruction set of the CPU kernels")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES), metavar="DTYPE")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default: 15)")
+    parser.add_argument("--no-rivals", action="store_true", help="measure ours and the copy alone")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--plot", type=Path, help="PNG to draw (needs matplotlib)")
+    arguments = parser.parse_args()
+
+    device = torch.device(arguments.device)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if reason := ops.why_reference(device):
+        sys.exit(f"error: there are no kernels to measure on {device}: {reason}")
+    if arguments.isa and device.type == "cpu":
+        native.force_instruction_set(arguments.isa)
+    mapped = device.type == "cuda" or keep_pages_mapped()
+    grid = GRIDS[arguments.grid]
+    others, missing = ({}, ["rivals: not asked for"]) if arguments.no_rivals else rivals(grid, device)
+    facts = machine(device) | {"grid": grid.name, "commit": commit(), "pages": "kept mapped" if mapped else "default"}
+    for name, fact in facts.items():
+        print(f"{name:10} {fact}")
+    for line in missing:
+        print(f"not run    {line}")
+    print(f"\n{'shape':30} {'dtype':5} {'operation':34} {'ms':>8} {'GB/s':>7} {'of copy':>8}  times faster than")
+    rows: list[Row] = []
+    for shape in arguments.shapes:
+        for dtype in arguments.dtypes:
+            for row in measure(grid, shape, dtype, device, arguments.rounds, others):
+                rows.append(row)
+                faster = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row.faster_than.items())
+                print(
+                    f"{row.shape:30} {row.dtype:5} {row.operation:34} {row.milliseconds:8.3f} "
+                    f"{row.gigabytes_per_s:7.1f} {row.copy_share:8.2f}  {faster}",
+                    flush=True,
+                )
+    if arguments.json:
+        record = {"machine": facts, "not_run": missing, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.plot:
+        try:
+            draw(
+                rows,
+                arguments.plot,
+                f"{facts['device']}, {facts['kernels']}, {facts['threads']} thread(s), {grid.name}",
+            )
+        except ImportError as error:
+            print(f"no plot: {error}; pip install matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
