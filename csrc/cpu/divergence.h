@@ -71,12 +71,12 @@ struct Log1p {
 
 QAD_INLINE Log1p log1p_of(F w) {
     constexpr uint32_t lowest = 0x3f2b851fu; /* 0.67, below which 1 + w = 2^k f with f from 0.67 to 1.34 */
-    const F zero = set(0.0f), one = set(1.0f), whole = add(one, w);
-    const M near = less_equal(float_of(set_words(lowest)), whole);
+    const F one = set(1.0f), whole = add(one, w);
+    const M far = less(whole, float_of(set_words(lowest))); /* not so for a NaN, which goes on as w */
     const U moved = add_words(bits_of(whole), set_words(0x3f800000u - lowest));
     const F k = convert(add_words(shift_right(moved, 23), set_words((uint32_t)-127)));
     const F f = float_of(add_words(bit_and(moved, set_words(0x007fffffu)), set_words(lowest)));
-    const F over_one = choose(near, w, sub(f, one)); /* 1 + w has lost bits of w */
+    const F over_one = choose(far, sub(f, one), w); /* 1 + w has lost bits of w */
     Log1p log;
     log.z = div(over_one, add(over_one, set(2.0f)));
     log.square = mul(log.z, log.z);
@@ -85,7 +85,7 @@ QAD_INLINE Log1p log1p_of(F w) {
     series = fused_add(series, log.square, set(0.4001121520996094f));
     series = fused_add(series, log.square, set(0.6666656136512756f));
     log.cubic = mul(mul(log.z, log.square), series);
-    log.value = fused_add(choose(near, zero, k), set(0x1.62e43p-1f), add(add(log.z, log.z), log.cubic));
+    log.value = fused_add(keep_if(far, k), set(0x1.62e43p-1f), add(add(log.z, log.z), log.cubic));
     return log;
 }
 
