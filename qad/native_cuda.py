@@ -391,8 +391,10 @@ class _Gpu:
         major, minor = torch.cuda.get_device_capability(index)
         self._capability = 10 * major + minor
         # torch numbers the devices that CUDA_VISIBLE_DEVICES leaves, and so does the driver.
-        self._context = ctypes.c_void_p()
-        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(self._context), index), "cuDevicePrimaryCtxRetain")
+        device, self._context = ctypes.c_int(), ctypes.c_void_p()
+        _check(_driver().cuInit(0), "cuInit")
+        _check(_driver().cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(self._context), device), "cuDevicePrimaryCtxRetain")
         self._kernels: dict[str, _Kernel] = {}
         self.codes: dict[str, Code] = {}
         for source, names in kernel_names().items():

@@ -147,6 +147,23 @@ struct Exponentials {
     }
 };
 
+/* A number in two floats. */
+struct Split {
+    float high, low;
+};
+
+QAD_DEVICE Split split(double value) {
+    const float high = (float)value;
+    return {high, (float)(value - (double)high)};
+}
+
+/* (a - b) x factor - offset, rounded about once: logits of 30 that differ by 1 would else lose the last digits. */
+QAD_DEVICE float difference(float a, float b, float factor, Split offset) {
+    const float high = a - b, back = high - a;
+    const float low = (a - (high - back)) - (b + back);
+    return fmaf(high, factor, -offset.high) + fmaf(low, factor, -offset.low);
+}
+
 /* p (e^-d - 1 + d) for d = log p - log q. */
 QAD_DEVICE float forward_term(float p, float q, float d) {
     if (fabsf(d) < 0.5f) {
@@ -221,8 +238,9 @@ template <class Type, int KIND> QAD_DEVICE void divergence(const RowArguments &a
         const double plain_sum = temperature != 1.0f ? plain.total(student_max, 1.0f) : student_sum;
         const float q_factor = (float)(1.0 / student_sum), p_factor = (float)(1.0 / teacher_sum);
         /* log p - log q = (t - s) / T - shift */
-        const float shift = (float)(((double)teacher_max - (double)student_max) / (double)temperature +
-                                    log(teacher_sum / student_sum));
+        const double shift = ((double)teacher_max - (double)student_max) / (double)temperature +
+                             log(teacher_sum / student_sum);
+        const Split to_log = split(shift);
         const float weight = labelled ? arguments.next_token_weight : 0.0f;
         const float plain_factor = weight * (float)(1.0 / plain_sum);
         const bool write = !arguments.keep_logits;
@@ -243,7 +261,7 @@ template <class Type, int KIND> QAD_DEVICE void divergence(const RowArguments &a
             for (int i = 0; i < 4; ++i) {
                 const float q = expf((s[i] - student_max) * coldness) * q_factor;
                 const float p = expf((t[i] - teacher_max) * coldness) * p_factor;
-                const float d = (t[i] - s[i]) * coldness - shift;
+                const float d = difference(t[i], s[i], coldness, to_log);
                 if constexpr (KIND == FORWARD) {
                     terms[i] = forward_term(p, q, d);
                     float gradient = temperature * (q - p);
@@ -264,7 +282,8 @@ template <class Type, int KIND> QAD_DEVICE void divergence(const RowArguments &a
         value = sum_of_cta(value);
 
         if (KIND != FORWARD && write) {
-            const float mean = (float)(KIND == JSD ? sum_of_cta(by_q) : value);
+            const float mean = KIND == JSD ? (float)sum_of_cta(by_q) : 0.0f;
+            const Split to_ratio = split(value - shift); /* log q - log p - value, at once */
             const float factor = KIND == JSD ? temperature * (1.0f - beta) : temperature;
             for (int64_t chunk = 0; chunk < vocabulary; chunk += step) {
                 const Four four = four_of(chunk, vocabulary, aligned);
@@ -274,9 +293,13 @@ template <class Type, int KIND> QAD_DEVICE void divergence(const RowArguments &a
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float q = expf((s[i] - student_max) * coldness) * q_factor;
-                    const float d = (t[i] - s[i]) * coldness - shift;
-                    const float ratio = KIND == JSD ? -log_mixture(d, beta) : -d;
-                    float gradient = factor * (q * (ratio - mean));
+                    float ratio;
+                    if constexpr (KIND == JSD) {
+                        ratio = -log_mixture(difference(t[i], s[i], coldness, to_log), beta) - mean;
+                    } else {
+                        ratio = difference(s[i], t[i], coldness, to_ratio);
+                    }
+                    float gradient = factor * (q * ratio);
                     if (weight != 0.0f) gradient += next_token(s[i], four.first + (int64_t)i * four.step);
                     s[i] = gradient;
                 }

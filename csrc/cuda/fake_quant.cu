@@ -58,8 +58,14 @@ QAD_DEVICE int64_t tile_count(const BlockArguments &arguments) {
     return ((arguments.blocks << arguments.lanes_log2) + WARP - 1) / WARP;
 }
 
-/* The bits of a block's rounded scale, the quiet NaN if the block is damaged; the same in all threads of the block. */
-QAD_DEVICE uint32_t block_scale(const float values[OCTET], const Place &place, const BlockArguments &arguments) {
+/* A block's rounded scale, the same in all threads of the block. The absmax scale of a damaged block is the quiet NaN,
+ * a given one is left as it is. */
+struct Scale {
+    float value;
+    bool damaged;
+};
+
+QAD_DEVICE Scale block_scale(const float values[OCTET], const Place &place, const BlockArguments &arguments) {
     const uint32_t lanes = 1u << arguments.lanes_log2;
     uint32_t scale;
     bool damaged;
@@ -91,10 +97,9 @@ QAD_DEVICE uint32_t block_scale(const float values[OCTET], const Place &place, c
     }
     scale = qad_round_scale(scale, arguments.scale_bits, arguments.signed_scale, arguments.floor_bits,
                             arguments.ceiling_bits);
-    return damaged ? 0x7fc00000u : scale;
+    if (damaged && !arguments.scales) scale = 0x7fc00000u;
+    return {__uint_as_float(scale), damaged || scale == 0x7fc00000u};
 }
-
-QAD_DEVICE bool is_nan_bits(uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f800000u; }
 
 QAD_DEVICE void count_damaged(bool damaged, const Place &place, const BlockArguments &arguments) {
     if (damaged && place.valid && arguments.damaged && is_first_of_block(arguments)) atomicAdd(arguments.damaged, 1ull);
@@ -173,12 +178,12 @@ QAD_DEVICE void noisy_codes(float codes[OCTET], const float scaled[OCTET], bool 
 
 /* What forward, backward and quantize begin with: the weights, their block's scale, the weights over the scale. */
 template <class Master>
-QAD_DEVICE uint32_t load_scaled(float scaled[OCTET], const Place &place, const BlockArguments &arguments) {
+QAD_DEVICE Scale load_scaled(float scaled[OCTET], const Place &place, const BlockArguments &arguments) {
 #pragma unroll
     for (int i = 0; i < OCTET; ++i) scaled[i] = 0.0f;
     if (place.valid) load_octet<Master>(scaled, arguments.weights, place.octet, arguments.aligned);
-    const uint32_t scale = block_scale(scaled, place, arguments);
-    const float reciprocal = __frcp_rn(__uint_as_float(scale));
+    const Scale scale = block_scale(scaled, place, arguments);
+    const float reciprocal = __frcp_rn(scale.value);
 #pragma unroll
     for (int i = 0; i < OCTET; ++i) scaled[i] = __fmul_rn(scaled[i], reciprocal);
     return scale;
@@ -190,17 +195,16 @@ template <class Master, class Out, int MODE> QAD_DEVICE void fake_quantize(const
     for (int64_t tile = first_tile(); tile < tiles; tile += tile_stride()) {
         const Place place = place_of(tile, arguments);
         float values[OCTET];
-        const uint32_t scale = load_scaled<Master>(values, place, arguments);
+        const Scale scale = load_scaled<Master>(values, place, arguments);
         const bool hard = MODE == NONE || hard_blocks.next(tile, place, arguments);
         noisy_codes<MODE>(values, values, hard, place, arguments);
 #pragma unroll
-        for (int i = 0; i < OCTET; ++i) values[i] = __fmul_rn(values[i], __uint_as_float(scale));
-        const bool damaged = is_nan_bits(scale);
-        store_octet<Out>(arguments.values, place.octet, values, damaged, place.valid, arguments.aligned);
+        for (int i = 0; i < OCTET; ++i) values[i] = __fmul_rn(values[i], scale.value);
+        store_octet<Out>(arguments.values, place.octet, values, scale.damaged, place.valid, arguments.aligned);
         if (arguments.scales_out && place.valid && is_first_of_block(arguments)) {
-            arguments.scales_out[place.block] = __uint_as_float(scale);
+            arguments.scales_out[place.block] = scale.value;
         }
-        count_damaged(damaged, place, arguments);
+        count_damaged(scale.damaged, place, arguments);
     }
 }
 
@@ -227,7 +231,7 @@ template <class Master, class Grad> QAD_DEVICE void backward(const BlockArgument
         const Place place = place_of(tile, arguments);
         float scaled[OCTET];
         bool outside[OCTET];
-        const bool damaged = is_nan_bits(load_scaled<Master>(scaled, place, arguments));
+        const bool damaged = load_scaled<Master>(scaled, place, arguments).damaged;
         find_outside(outside, scaled, damaged, arguments);
         zero_outside<Grad>(outside, place, arguments);
         count_damaged(damaged, place, arguments);
@@ -242,7 +246,7 @@ template <class Master, class Grad> QAD_DEVICE void backward_scales(const BlockA
         const Place place = place_of(tile, arguments);
         float scaled[OCTET], by_scale[OCTET], grad[OCTET];
         bool outside[OCTET];
-        const bool damaged = is_nan_bits(load_scaled<Master>(scaled, place, arguments));
+        const bool damaged = load_scaled<Master>(scaled, place, arguments).damaged;
 #pragma unroll
         for (int i = 0; i < OCTET; ++i) grad[i] = 0.0f;
         if (place.valid) load_octet<Grad>(grad, arguments.values, place.octet, arguments.aligned);
@@ -283,13 +287,12 @@ template <class Master> QAD_DEVICE void quantize(const BlockArguments &arguments
     for (int64_t tile = first_tile(); tile < tiles; tile += tile_stride()) {
         const Place place = place_of(tile, arguments);
         float codes[OCTET];
-        const uint32_t scale = load_scaled<Master>(codes, place, arguments);
-        const bool damaged = is_nan_bits(scale);
+        const Scale scale = load_scaled<Master>(codes, place, arguments);
         noisy_codes<NONE>(codes, codes, true, place, arguments);
         uint32_t words[2] = {0, 0};
 #pragma unroll
         for (int i = 0; i < OCTET; ++i) {
-            const uint32_t code = damaged ? 0u : (uint32_t)(int32_t)codes[i] & 0xffu;
+            const uint32_t code = scale.damaged ? 0u : (uint32_t)(int32_t)codes[i] & 0xffu;
             words[i / 4] |= code << (i % 4 * 8);
         }
         if (place.valid && arguments.aligned) {
@@ -302,9 +305,9 @@ template <class Master> QAD_DEVICE void quantize(const BlockArguments &arguments
         }
         if (place.valid && is_first_of_block(arguments)) {
             arguments.stored_scales[place.block] =
-                damaged ? (uint16_t)0x7e00u : (uint16_t)f16_pair(__uint_as_float(scale), 0.0f);
+                scale.damaged ? (uint16_t)0x7e00u : (uint16_t)f16_pair(scale.value, 0.0f);
         }
-        count_damaged(damaged, place, arguments);
+        count_damaged(scale.damaged, place, arguments);
     }
 }
 
@@ -331,7 +334,7 @@ template <class Out> QAD_DEVICE void dequantize(const BlockArguments &arguments)
         for (int i = 0; i < OCTET; ++i) {
             values[i] = __fmul_rn((float)(int8_t)(words[i / 4] >> (i % 4 * 8)), scale);
         }
-        const bool damaged = is_nan_bits(__float_as_uint(scale));
+        const bool damaged = scale != scale;
         store_octet<Out>(arguments.values, place.octet, values, damaged, place.valid, arguments.aligned);
     }
 }
