@@ -32,7 +32,7 @@ enum { QAD_TERMS = 32 };
 QAD_INLINE F negative(F x) { return float_of(bit_xor(bits_of(x), set_words(0x80000000u))); }
 QAD_INLINE F magnitude(F x) { return float_of(bit_and(bits_of(x), set_words(0x7fffffffu))); }
 
-/* e^x for x <= 1, within 1 ulp; 0 below -87. x = n log 2 + r, and a minimax polynomial for (e^r - 1 - r) / r^2. */
+/* e^x for x <= 1, within 1.01 ulp; 0 below -87. x = n log 2 + r, and a minimax polynomial for (e^r - 1 - r) / r^2. */
 QAD_INLINE F exponential(F x) {
     const F magic = set(12582912.0f), lowest = set(-87.0f);
     const F clamped = max_of(lowest, x);
