@@ -90,8 +90,12 @@ int64_t split(const Job *job, int64_t (*work)(const Job *, int64_t, int64_t), in
     return total;
 }
 
-int64_t split_blocks(const qad_fake_quantize_job &job, int64_t (*work)(const qad_fake_quantize_job *, int64_t, int64_t),
+/* Weights of which not even a large cache holds much: 8M elements. */
+const int64_t STREAMING_ELEMENTS = 1 << 23;
+
+int64_t split_blocks(qad_fake_quantize_job &job, int64_t (*work)(const qad_fake_quantize_job *, int64_t, int64_t),
                      int64_t blocks, int threads) {
+    job.streams = blocks * job.grid.block >= STREAMING_ELEMENTS;
     return split(&job, work, blocks, QAD_BATCH / job.grid.block, ELEMENTS_PER_THREAD / job.grid.block, threads);
 }
 

@@ -23,13 +23,15 @@ constexpr uint32_t quiet_nan = 0x7fc00000u;
 QAD_INLINE int size_of(int dtype) { return dtype == QAD_F32 ? 4 : 2; }
 
 /* Memory that the next batch will want, asked for a chunk at a time while this one is computed: stages that only compute
- * would else leave the memory idle. Asking for what lies beyond the end is harmless. */
+ * would else leave the memory idle. Asking for what lies beyond the end is harmless. Lines to be written are asked for
+ * only where they come from memory: out of a cache, that gets in the way (of a copy's rate, fp32 forward: 0.97 without
+ * and 0.93 with it at 1536 x 576; 0.96 without and 1.06 with it at 4096 x 4096). */
 struct Ahead {
     const char *in, *out;
     int in_bytes, out_bytes; /* of a chunk */
 
     void ask() {
-        for (int byte = 0; byte < in_bytes; byte += 64) __builtin_prefetch(in + byte, 0, 2);
+        for (int byte = 0; byte < in_bytes; byte += 64) __builtin_prefetch(in + byte, 0, 3);
         for (int byte = 0; byte < out_bytes; byte += 64) __builtin_prefetch(out + byte, 1, 2);
         in += in_bytes;
         out += out_bytes;
@@ -38,7 +40,8 @@ struct Ahead {
 
 QAD_INLINE Ahead ahead(const qad_fake_quantize_job *job, int64_t first) {
     const int in = size_of(job->weights_dtype), out = size_of(job->out_dtype);
-    return {(const char *)job->weights + in * first, (const char *)job->out + out * first, in * chunk, out * chunk};
+    return {(const char *)job->weights + in * first, (const char *)job->out + out * first, in * chunk,
+            job->streams ? out * chunk : 0};
 }
 
 QAD_INLINE const float *load_elements(const void *from, int dtype, int64_t first, int count, float *buffer) {

@@ -21,6 +21,7 @@ struct qad_fake_quantize_job {
     const uint16_t *stored_scales;
     qad_grid grid;
     qad_noise noise;
+    bool streams; /* more than the caches hold: worth asking for memory ahead of its use */
 };
 
 struct qad_divergence_job {
