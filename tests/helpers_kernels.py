@@ -246,7 +246,7 @@ def check_divergence(
     assert bool((student.tensor[:, vocabulary:] == 7.0).all()), "written beyond the row"
     got = student.tensor[:, :vocabulary].cpu().double()
     if student_TV.dtype == torch.bfloat16:
-        torch.testing.assert_close(got, grad, rtol=2.0**-8, atol=1e-7)
+        torch.testing.assert_close(got, grad, rtol=2.0**-8, atol=1e-6)
     else:
         # A gradient is a difference of probabilities: in float32 it is as exact as those are.
         error = float((got - grad).abs().max()) / (temperature + next_token_weight)

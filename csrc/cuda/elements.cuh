@@ -120,17 +120,18 @@ QAD_DEVICE void store_octet(void *array, int64_t octet, const float values[OCTET
     } else if constexpr (Type::PER_WORD == 2) {
         if (valid) static_cast<uint4 *>(array)[octet] = make_uint4(words[0], words[1], words[2], words[3]);
     } else {
-        const int odd = (int)(octet & 1);
-        uint32_t got[4];
+        const bool odd = octet & 1;
+        uint32_t first[4], second[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) got[i] = __shfl_xor_sync(WHOLE_WARP, odd ? words[i] : words[i + 4], 1);
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t got = __shfl_xor_sync(WHOLE_WARP, odd ? words[i] : words[i + 4], 1);
+            first[i] = odd ? got : words[i];
+            second[i] = odd ? words[i + 4] : got;
+        }
         if (valid) {
-            uint4 *pair = static_cast<uint4 *>(array) + (octet - odd) * 2;
-            const uint4 own = odd ? make_uint4(words[4], words[5], words[6], words[7])
-                                  : make_uint4(words[0], words[1], words[2], words[3]);
-            const uint4 other = make_uint4(got[0], got[1], got[2], got[3]);
-            pair[odd] = odd ? other : own;
-            pair[odd + 2] = odd ? own : other;
+            uint4 *pair = static_cast<uint4 *>(array) + octet * 2 - odd;
+            pair[0] = make_uint4(first[0], first[1], first[2], first[3]);
+            pair[2] = make_uint4(second[0], second[1], second[2], second[3]);
         }
     }
 }

@@ -152,27 +152,23 @@ QAD_DEVICE void noisy_codes(float codes[OCTET], const float scaled[OCTET], bool 
         qad_philox((uint32_t)place.octet, arguments.tensor, arguments.step, QAD_STREAM_ELEMENT, arguments.seed_low,
                    arguments.seed_high, words);
     }
+    /* No branches: threads of a warp hold blocks of both kinds. 1.5 x 2^23 has no fraction bits, so that adding it rounds
+     * half to even; taking it away again leaves no negative zero, and neither does zero in its place. */
+    const float whole = hard || MODE == NONE || MODE == STOCHASTIC ? 12582912.0f : 0.0f;
+    const uint32_t noisy = hard ? 0u : 0xffffffffu;
+    const float down = hard ? 0.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < OCTET; ++i) {
         float code = scaled[i];
-        if constexpr (MODE == UNIFORM) {
-            const float noise = __fsub_rn(one_to_two(words, i), TO_CENTRED);
-            code = hard ? code : __fadd_rn(code, noise);
-        } else if constexpr (MODE == STOCHASTIC) {
-            const float noise = __fsub_rn(one_to_two(words, i), TO_UNIT);
-            code = hard ? code : __fadd_rn(code, noise);
+        if constexpr (MODE == UNIFORM || MODE == STOCHASTIC) {
+            const float noise = __fsub_rn(one_to_two(words, i), MODE == UNIFORM ? TO_CENTRED : TO_UNIT);
+            code = __fadd_rn(code, __uint_as_float(__float_as_uint(noise) & noisy));
         }
         /* The ends are integers, so clipping before rounding gives the same. */
         code = fminf(fmaxf(code, arguments.code_min), arguments.code_max);
-        /* 1.5 x 2^23 has no fraction bits: the sum rounds half to even, the difference has no negative zero. */
-        const float rounded = __fsub_rn(__fadd_rn(code, 12582912.0f), 12582912.0f);
-        if constexpr (MODE == NONE) {
-            codes[i] = rounded;
-        } else if constexpr (MODE == STOCHASTIC) {
-            codes[i] = hard ? rounded : __fadd_rn(floorf(code), 0.0f);
-        } else {
-            codes[i] = hard ? rounded : __fadd_rn(code, 0.0f);
-        }
+        float rounded = __fsub_rn(__fadd_rn(code, whole), whole);
+        if constexpr (MODE == STOCHASTIC) rounded = __fsub_rn(rounded, rounded > code ? down : 0.0f); /* floor */
+        codes[i] = rounded;
     }
 }
 
