@@ -42,6 +42,13 @@ def explain(error: BaseException, target: Path) -> UserError | None:
     return None
 
 
+def _usual_permissions(path: Path) -> None:
+    """Give a file or folder the permissions of any new one: temporary ones, and those of safetensors, are private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextlib.contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; on success flush it to disk and rename it over ``target``.
@@ -49,26 +56,31 @@ def replacing_file(target: Path) -> Iterator[Path]:
     Temporary files that a killed writer of the same target left are deleted: there may be one writer at a time.
 
     Raises:
-        UserError: The disk is full, the place is not writable, or ``target`` is a folder. The previous file is
-            untouched.
+        UserError: The disk is full, the place is not writable, or ``target`` is a folder, a device or a pipe. What
+            stood there is untouched.
     """
     temporary: Path | None = None
     try:
         if target.is_dir():
             raise UserError(f"{target} is a folder: name a file with -o")
+        if target.exists() and not target.is_file():
+            # A rename would put a file in the place of /dev/null, for every process of the machine.
+            raise UserError(f"{target} is a device or a pipe: name a file with -o")
         target.parent.mkdir(parents=True, exist_ok=True)
         # Eight characters are what mkstemp draws: the temporary files of "a.b" are not those of "a".
         for leftover in list(target.parent.glob(f".{glob.escape(target.name)}.????????.tmp")):
             leftover.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        try:
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        except FileNotFoundError as error:
+            # The folder is there: it is one of the system's, such as /proc.
+            raise UserError(f"{target.parent} takes no files: choose another output with -o") from error
         os.close(handle)
         temporary = Path(name)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        _usual_permissions(temporary)
         temporary.replace(target)
     except Exception as error:
         explained = explain(error, target)
@@ -104,7 +116,8 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-        temporary.chmod(0o755)
+            _usual_permissions(path)
+        _usual_permissions(temporary)
         if target.exists():
             target.rename(previous)
         temporary.rename(target)

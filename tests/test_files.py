@@ -1,5 +1,6 @@
 """Writing whole or not at all: exceptions, a full disk, a missing permission and SIGKILL at any moment."""
 
+import os
 import random
 import signal
 import subprocess
@@ -40,6 +41,31 @@ def test_a_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
     with replacing_file(tmp_path / "safe") as temporary:
         temporary.write_text("")
     assert (tmp_path / "safe").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_new_folder_and_all_in_it_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").write_text("")
+    with replacing_folder(tmp_path / "safe") as temporary:
+        (temporary / "deep").mkdir(mode=0o700)
+        (temporary / "deep" / "private").touch(mode=0o600)
+    for path, like in (("safe", "plain"), ("safe/deep", "plain"), ("safe/deep/private", "plain/file")):
+        assert (tmp_path / path).stat().st_mode == (tmp_path / like).stat().st_mode, path
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="pipe is a device or a pipe: name a file"), replacing_file(pipe):
+        pass
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["pipe"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc here")
+def test_a_folder_that_takes_no_files() -> None:
+    with pytest.raises(UserError, match="choose another output"), replacing_file(Path("/proc/model.gguf")):
+        pass
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
