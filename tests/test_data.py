@@ -55,6 +55,15 @@ def test_json_lines_under_the_name_json_and_blank_lines(tmp_path: Path) -> None:
     assert [row["text"] for row in read_source(str(tmp_path / "a.json"))] == ["one", "two"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    _write(file, RECORDS)
+    marked = b"\xef\xbb\xbf" + (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes())
+    file.write_bytes(gzip.compress(marked) if file.suffix == ".gz" else marked)
+    assert read_source(str(file)) == [text_row("Plain words."), with_id(CHAT), chat_row("Say hi.", "Hi.")]
+
+
 @pytest.mark.parametrize("records", [RECORDS[:1], [CHAT], RECORDS[2:]])
 def test_parquet_files(tmp_path: Path, records: list[Any]) -> None:
     as_json = read_source(_write(tmp_path / "a.jsonl", records))
@@ -79,6 +88,10 @@ def test_parquet_files(tmp_path: Path, records: list[Any]) -> None:
         ('{"prompt": "a", "completion": []}\n', "row 1: `completion` is list"),
         ('{"prompt": [{"role": "user"}], "completion": "b"}\n', "row 1: `prompt` holds a message that is not"),
         ('{"prompt": ["hi"], "completion": "b"}\n', "row 1: `prompt` holds a message that is not"),
+        ('{"text": "a"}\n{"text": "b \\ud800"}\n', r"row 2 holds half of a surrogate pair \('\\ud800'\)"),
+        ('{"prompt": "a", "completion": "\\udc00"}\n', "row 1 holds half of a surrogate pair"),
+        ('{"text": "a"}\n' + "[" * 200_000 + "\n", "line 2: JSON that cannot be taken in"),
+        ('{"text": ' + "9" * 5000 + "}\n", "line 1: JSON that cannot be taken in"),
     ],
 )
 def test_bad_json_lines(tmp_path: Path, content: str, message: str) -> None:
@@ -104,6 +117,14 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:30])
     with pytest.raises(UserError, match="cannot be read"):
         read_source(str(tmp_path / "a.jsonl.gz"))
+    damaged = bytearray(gzip.compress(b'{"text": "a"}\n' * 999))
+    damaged[10] ^= 0xFF
+    (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_source(str(tmp_path / "a.jsonl.gz"))
+    (tmp_path / "a.json").write_bytes(b'[{"text": "\xff"}]')
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_source(str(tmp_path / "a.json"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="truncated or not a Parquet file"):
         read_source(str(tmp_path / "a.parquet"))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,29 @@ def rows_to_dataset(rows: Iterable[Row]) -> Dataset:
     return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
 
 
+def _check_text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds half of a surrogate pair ({text[error.start]!a}), which is no character: repair or drop it"
+        ) from error
+    return text
+
+
 def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
 def _messages(value: Any, column: str, role: str, where: str) -> list[Message]:
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        return [{"role": role, "content": _check_text(value, where)}]
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: `{column}` is {_kind(value)}; expected a string or a list of role/content messages")
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise UserError(f"{where}: `{column}` holds a message that is not {{role, content}} of two strings")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [{key: _check_text(message[key], where) for key in ("role", "content")} for message in value]
 
 
 def check_row(record: Any, where: str) -> Row:
@@ -72,36 +83,40 @@ def check_row(record: Any, where: str) -> Row:
     if "text" in record:
         if not isinstance(record["text"], str):
             raise UserError(f"{where}: `text` is {_kind(record['text'])}; expected a string")
-        return with_id({"text": record["text"]})
+        return with_id({"text": _check_text(record["text"], where)})
     found = ", ".join(str(name) for name in record) or "none"
     raise UserError(f"{where} has the wrong columns: found {found}; {_EXPECTED}")
 
 
-def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
+def _parse(text: str, path: Path, line: int) -> Any:
+    """Return what a JSON text that begins on a line of a file says."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {line + error.lineno - 1}: invalid JSON ({error.msg} at column {error.colno})"
+        ) from error
+    except (RecursionError, ValueError) as error:  # brackets too deep, a number too long
+        raise UserError(f"{path}, line {line}: JSON that cannot be taken in ({str(error)[:80]})") from error
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    # utf-8-sig drops the byte order mark that Windows programs begin with.
+    form: dict[str, Any] = {"mode": "rt", "encoding": "utf-8-sig"}
+    try:
+        with gzip.open(path, **form) if path.suffix == ".gz" else path.open(**form) as lines:
             if path.suffix == ".json" and (start := lines.read(1024).lstrip()[:1]) != "":
                 lines.seek(0)
                 if start == "[":
-                    try:
-                        records = json.load(lines)
-                    except json.JSONDecodeError as error:
-                        raise UserError(f"{path}, line {error.lineno}: invalid JSON ({error.msg})") from error
+                    records = _parse(lines.read(), path, 1)
                     yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
                     return
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: invalid JSON ({error.msg} at column {error.colno})"
-                    ) from error
-                yield f"{path}, row {number}", record
+                if line.strip():
+                    yield f"{path}, row {number}", _parse(line.rstrip(), path, number)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
 
 
