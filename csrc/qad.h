@@ -4,13 +4,15 @@
  * blocks and no shape. Nothing needs to be aligned beyond its element. Inputs and outputs may not overlap, except where
  * a function says that it works in place.
  *
- * The truth is qad/tensor.py, qad/fake_quant.py and qad/philox.py: every function here gives their bits, on every
- * instruction set and with any number of threads.
+ * The truth is qad/tensor.py, qad/fake_quant.py and qad/philox.py: every function here but one gives
+ * their bits, on every instruction set and with any number of threads. qad_divergence is accurate to a millionth instead,
+ * on each instruction set in its own way, with the same bits for any number of threads.
  *
  * Non-finite numbers: a block that holds an infinity or a NaN, or whose given scale is NaN, is damaged. Its weights,
- * and the scale that is found for it or stored with its codes, come out as the quiet NaN 0x7fc00000 (0x7fc0 in bf16,
+ * and the scale that is found for it or stored beside its codes, come out as the quiet NaN 0x7fc00000 (0x7fc0 in bf16,
  * 0x7e00 in fp16), its codes as 0, its gradients as 0. A given scale that is infinite becomes the grid's ceiling.
- * Functions that read weights return how many blocks were damaged.
+ * Functions that read weights return how many blocks were damaged. A gradient that is NaN stays one; which one is not
+ * defined.
  */
 #ifndef QAD_H
 #define QAD_H
@@ -54,7 +56,8 @@ typedef struct {
 
 int qad_api_version(void);
 
-/* The instruction set in use (enum qad_isa): the best that this machine has, unless qad_set_isa chose another. */
+/* The instruction set in use (enum qad_isa): the best that both this library and this machine have, unless qad_set_isa
+ * chose another; -1 if they have none in common, and then nothing else may be called. */
 int qad_get_isa(void);
 
 /* Whether this library holds kernels for an instruction set and this machine can run them. */

@@ -12,6 +12,7 @@ result.json          the figures of the finished run
 
 import contextlib
 import copy
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -185,6 +186,11 @@ def load_pair(recipe: Recipe, console: Console) -> tuple[LoadedModel, PreTrained
             raise UserError(
                 f"seq_len {recipe.seq_len} exceeds the {context} tokens that the model reads; use --seq-len"
             )
+    if teacher.tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {teacher.source} names no end-of-text token, which parts the documents in training: set "
+            "eos_token in its tokenizer_config.json"
+        )
     teacher.model.requires_grad_(False)
     return teacher, student
 
@@ -289,7 +295,7 @@ def distill(recipe: Recipe, run: Path, *, resume: bool, console: Console) -> Out
         return load_outcome(run)
     try:
         return _distill(recipe, run, console)
-    except UserError:
+    except Exception:
         if fresh and [path.name for path in run.iterdir()] == [RECIPE_FILE]:
             # Else the corrected command would find another run in its folder.
             (run / RECIPE_FILE).unlink()
@@ -308,6 +314,8 @@ def _tell_kernels(device: torch.device, console: Console) -> None:
 
 
 def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
+    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package: pip install 'qad[tensorboard]', or leave the option out")
     set_seed(recipe.seed)
     teacher, student = load_pair(recipe, console)
     plan = make_plan(student, recipe.bits)

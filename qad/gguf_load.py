@@ -75,6 +75,8 @@ def read_config(header: GGUFHeader) -> PretrainedConfig:
             raise UserError(f"the GGUF file lacks {architecture}.{key}: convert it again with a current converter")
         return found
 
+    if "token_embd.weight" not in header.tensors:
+        raise UserError("the GGUF file holds no token embedding: use that of a whole language model")
     hidden, heads = value("embedding_length"), value("attention.head_count")
     options: dict[str, Any] = {
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
@@ -274,14 +276,28 @@ def read_tokenizer(path: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
             f"{path} has a tokenizer of type {model!r}; byte pairs (gpt2) and sentencepiece (llama) are read"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
+    for key in ("bos", "eos", "unknown", "padding"):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id", 0)
+        if not isinstance(index, int) or not 0 <= index < len(tokens):
+            raise UserError(
+                f"{path} names {index!r} as its {key} token but has {len(tokens)} tokens: copy or download it again"
+            )
     special = {
         f"{name}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if f"tokenizer.ggml.{key}_token_id" in metadata
     }
     special.setdefault("pad_token", special.get("eos_token", tokens[0]))
+    try:
+        backend = _byte_pair_tokenizer(metadata, path)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise UserError(
+            f"the tokenizer in {path} is damaged ({str(error)[:200]}): copy or download the file again"
+        ) from error
     return PreTrainedTokenizerFast(
-        tokenizer_object=_byte_pair_tokenizer(metadata, path),
+        tokenizer_object=backend,
         chat_template=metadata.get("tokenizer.chat_template"),
         model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
         clean_up_tokenization_spaces=False,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qad import divergence as reference
-from qad import native
+from qad import ops
 from qad.errors import UserError, unknown_name
 
 KL_MODES = ("forward", "reverse", "jsd")
@@ -158,8 +158,7 @@ class LiveTeacher:
         student_CV = logits.student_CV
         tokens, vocabulary = student_CV.shape
         teacher_CV = logits.project_teacher(self._hidden_TE[start : start + tokens], self._head_VE[:vocabulary])
-        fused = _has_kernel(student_CV, teacher_CV)
-        return (native.divergence if fused else reference.divergence)(
+        return ops.divergence(
             student_CV,
             teacher_CV,
             labels_C,
@@ -197,10 +196,6 @@ class CachedTeacher:
         return bucket_divergence(
             logits.student_CV, self._tokens_TP[part], self._log_probs_TP[part], labels_C, settings, keep_logits
         )
-
-
-def _has_kernel(*logits: Tensor) -> bool:
-    return all(t.dtype == torch.float32 for t in logits) and native.supports(*logits) and native.available() is None
 
 
 def _product_dtype(head_VD: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -123,8 +123,6 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     check_gguf(path)
     header = read_header(path)
     check_architecture(header.metadata["general.architecture"], str(path))
-    if "token_embd.weight" not in header.tensors:
-        raise UserError(f"{path} holds no token embedding: use a GGUF file of a whole language model")
     tokenizer = read_tokenizer(path, header)
     config = read_config(header)
     state = read_weights(path, header, config)
@@ -169,7 +167,8 @@ def _check_complete(info: dict[str, Any], source: str) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: {text}"
 
 
 def read_hf_config(source: str, local_only: bool = False) -> PretrainedConfig:
@@ -189,17 +188,20 @@ def read_hf_config(source: str, local_only: bool = False) -> PretrainedConfig:
             description = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"{file} is not valid JSON ({error}): copy the model again") from error
+        if not isinstance(description, dict):
+            raise UserError(f"{file} holds no JSON object: copy the model again")
         check_architecture(str(description.get("model_type")), source)
     elif folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"{source} is not a model folder: give a Hugging Face folder, a hub id or a .gguf file")
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_only)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a damaged or foreign configuration makes transformers raise
         raise _unreadable(source, error) from error
     check_architecture(config.model_type, source)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        found = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = found.get("quant_method", "method unknown")
         raise UserError(f"{source} is already quantized ({method}): give the original model, or a GGUF file")
     return config
 
@@ -264,7 +266,7 @@ def load_tokenizer(source: str, local_only: bool = False) -> PreTrainedTokenizer
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever damaged files make transformers and tokenizers raise
         raise UserError(f"the tokenizer of {source} cannot be read ({_one_line(error)}): copy it again") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -287,11 +289,32 @@ def _load_hf(source: str, dtype: torch.dtype) -> LoadedModel:
             ignore_mismatched_sizes=True,  # named by _check_complete
             local_files_only=local_only,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever a configuration that fits no model makes transformers raise
         raise _unreadable(source, error) from error
     model, info = loaded
     _check_complete(info, source)
-    return LoadedModel(model.eval(), tokenizer, source)
+    notes = []
+    if unused := sorted(info.get("unexpected_keys", [])):
+        notes.append(
+            f"{len(unused)} tensors of {source} have no place in the model that its config.json describes, and are left "
+            f"out, such as {', '.join(unused[:3])}"
+        )
+    return LoadedModel(model.eval(), tokenizer, source, notes)
+
+
+def _check_vocabulary(loaded: LoadedModel) -> None:
+    """Check that the embedding has a row for each token.
+
+    Raises:
+        UserError: It has not.
+    """
+    rows = loaded.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    token, index = max(loaded.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if index >= rows:
+        raise UserError(
+            f"{loaded.source}: the tokenizer has token {index} ({token!r}) but the model's embedding only {rows} rows: "
+            "use the model's own tokenizer, or resize its embedding"
+        )
 
 
 def load_model(source: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -302,12 +325,13 @@ def load_model(source: str | None = None, dtype: torch.dtype = torch.float32) ->
         dtype: Of the weights.
 
     Raises:
-        UserError: Missing, truncated or damaged files, no tokenizer, an unsupported architecture, an unreachable hub,
-            or NaN or infinity among the weights; the message says which and what to do.
+        UserError: Missing, truncated or damaged files, no tokenizer or that of another model, an unsupported
+            architecture, an unreachable hub, or NaN or infinity among the weights; the message says which and what to do.
     """
     source = resolve_source(source)
     loaded = _load_gguf(Path(source), dtype) if is_gguf(source) else _load_hf(source, dtype)
     check_finite(loaded.model, loaded.source)
+    _check_vocabulary(loaded)
     return loaded
 
 

@@ -1,8 +1,8 @@
 """The kernels of csrc/cpu: compiled on first use with the system's C++ compiler, cached by content, called by ctypes.
 
-Nothing happens on import. The first call compiles csrc/ once for every instruction set this kind of processor may have
-and keeps the library in the user's cache folder under a hash of sources, flags and compiler; the library itself chooses
-an instruction set when it is loaded, so a cache may be shared between machines. Each process that finds no library
+Nothing happens on import. The first call compiles csrc/ for the best instruction set that this processor has and keeps
+the library in the user's cache folder under a hash of sources, flags and compiler. Another processor finds another
+name there, so a cache may be shared between machines. Each process that finds no library
 builds its own in a temporary folder and renames it into place: no lock can go stale, and what is given up is the work
 of those that come second.
 
@@ -81,19 +81,41 @@ class _Unit:
     flags: tuple[str, ...]
 
 
-def _units(machine: str) -> list[_Unit]:
-    """Return what is compiled for a kind of processor, the slowest first."""
-    units = [_Unit("cpu/kernels.cpp", "portable", ("-DQAD_KERNELS=qad_kernels_portable",))]
-    api: tuple[str, ...] = ()
+def _sets_of(machine: str) -> dict[str, tuple[str, ...]]:
+    """Return the instruction sets there are kernels for on a kind of processor, best first, and their flags."""
     if machine in ("x86_64", "amd64"):
-        api = ("-DQAD_HAVE_X86",)
-        for name, flags in _X86.items():
-            defines = (f"-DQAD_USE_{name.upper()}", f"-DQAD_KERNELS=qad_kernels_{name}")
-            units.append(_Unit("cpu/kernels.cpp", name, flags + defines))
-    elif machine in ("aarch64", "arm64"):
-        api = ("-DQAD_HAVE_NEON",)
-        units.append(_Unit("cpu/kernels.cpp", "neon", ("-DQAD_USE_NEON", "-DQAD_KERNELS=qad_kernels_neon")))
+        return {"avx512": _X86["avx512"], "avx2": _X86["avx2"], "portable": ()}
+    if machine in ("aarch64", "arm64"):
+        return {"neon": (), "portable": ()}
+    return {"portable": ()}
+
+
+def _units(machine: str, sets: Sequence[str]) -> list[_Unit]:
+    """Return what is compiled for a kind of processor, in this order."""
+    units: list[_Unit] = []
+    known = _sets_of(machine)
+    for name in sets:
+        flags = (*known[name], f"-DQAD_USE_{name.upper()}", f"-DQAD_SET={name}")
+        units += [_Unit(f"cpu/{part}.cpp", f"{part}-{name}", flags) for part in ("kernels", "divergence")]
+    api = {"avx512": ("-DQAD_HAVE_X86",), "neon": ("-DQAD_HAVE_NEON",)}.get(next(iter(known)), ())
     return [*units, _Unit("cpu/api.cpp", "api", api)]
+
+
+@cache
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that kernels are written for and this machine can run, the best last."""
+    sets = _sets_of(platform.machine().lower())
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    # Not asked of the library, because what it is built for depends on the answer; it checks again when it is loaded.
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    able = {
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"} <= flags,
+        "avx2": {"avx2", "fma", "f16c"} <= flags,
+    }
+    return [name for name in reversed(sets) if able.get(name, True)]
 
 
 def find_compiler() -> list[str]:
@@ -130,7 +152,11 @@ def _run(commands: Sequence[list[str]]) -> None:
 
 
 def build(
-    target: Path, compiler: Sequence[str] | None = None, flags: Sequence[str] = (), machine: str | None = None
+    target: Path,
+    compiler: Sequence[str] | None = None,
+    flags: Sequence[str] = (),
+    machine: str | None = None,
+    sets: Sequence[str] | None = None,
 ) -> None:
     """Compile csrc/cpu to a shared library.
 
@@ -139,14 +165,16 @@ def build(
         compiler: Command of the compiler; found if None.
         flags: More flags, for every file and the linker.
         machine: Kind of processor, as ``platform.machine()`` names it; this one if None.
+        sets: Instruction sets to include; all there are for the processor if None.
 
     Raises:
         NativeUnavailable: No compiler, or it fails.
     """
+    kind = (machine or platform.machine()).lower()
     command = list(compiler or find_compiler())
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
-        units = _units((machine or platform.machine()).lower())
+        units = _units(kind, list(_sets_of(kind)) if sets is None else sets)
         objects = [str(Path(folder) / f"{unit.name}.o") for unit in units]
         _run(
             [
@@ -173,8 +201,14 @@ def cache_folder() -> Path:
         raise NativeUnavailable("there is no home folder to keep built kernels in: set XDG_CACHE_HOME") from None
 
 
-def library_path(compiler: Sequence[str]) -> Path:
-    """Return where the library of these sources, flags and compiler belongs."""
+def library_path(compiler: Sequence[str], sets: Sequence[str] | None = None) -> Path:
+    """Return where the library of these sources, flags, instruction sets and compiler belongs.
+
+    Args:
+        compiler: Command of the compiler.
+        sets: Instruction sets it includes; the best that this machine can run if None.
+    """
+    units = _units(platform.machine().lower(), instruction_sets()[-1:] if sets is None else sets)
     digest = hashlib.sha256()
     for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("cpu/*")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -184,7 +218,7 @@ def library_path(compiler: Sequence[str]) -> Path:
         raise NativeUnavailable(
             f"the C++ compiler {shlex.join(compiler)} cannot be run: {error}; CXX can name another"
         ) from None
-    digest.update(repr((_FLAGS, _units(platform.machine().lower()), sys.platform, list(compiler), version)).encode())
+    digest.update(repr((_FLAGS, units, sys.platform, list(compiler), version)).encode())
     return cache_folder() / f"native-{digest.hexdigest()[:16]}" / "libqad.so"
 
 
@@ -237,17 +271,19 @@ def _bind(path: Path) -> ctypes.CDLL:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    if library.qad_get_isa() < 0:
+        raise NativeUnavailable(f"{path} holds no kernels that this processor can run")
     return library
 
 
 @cache
-def _load() -> ctypes.CDLL | str:
-    """Return the library, built if need be, or why there is none. Asked once per process."""
+def _load(sets: tuple[str, ...] | None = None) -> ctypes.CDLL | str:
+    """Return a library, built if need be, or why there is none. Asked once per process."""
     try:
         compiler = find_compiler()
-        path = library_path(compiler)
+        path = library_path(compiler, sets)
         if not path.exists():
-            build(path, compiler)
+            build(path, compiler, sets=instruction_sets()[-1:] if sets is None else sets)
         return _bind(path)
     except NativeUnavailable as error:
         return str(error)
@@ -255,9 +291,12 @@ def _load() -> ctypes.CDLL | str:
         return f"{error}; the cache folder is {cache_folder()}, and XDG_CACHE_HOME can name another place"
 
 
+_forced: list[ctypes.CDLL] = []  # the library of all instruction sets, once one was forced
+
+
 def available() -> str | None:
     """Return None if the kernels can be called, else the reason. The first call may compile for a second or two."""
-    loaded = _load()
+    loaded = _forced[0] if _forced else _load()
     return loaded if isinstance(loaded, str) else None
 
 
@@ -267,7 +306,7 @@ def library() -> ctypes.CDLL:
     Raises:
         NativeUnavailable: See ``available``.
     """
-    loaded = _load()
+    loaded = _forced[0] if _forced else _load()
     if isinstance(loaded, str):
         raise NativeUnavailable(loaded)
     return loaded
@@ -278,19 +317,23 @@ def instruction_set() -> str:
     return INSTRUCTION_SETS[library().qad_get_isa()]
 
 
-def instruction_sets() -> list[str]:
-    """Return the instruction sets that this machine can run."""
-    return [name for index, name in enumerate(INSTRUCTION_SETS) if library().qad_has_isa(index)]
-
-
 def force_instruction_set(name: str) -> None:
-    """Use another instruction set from now on. All give the same bits; this is for tests and benchmarks.
+    """Use another instruction set from now on; the first call compiles all of them. For tests and benchmarks.
+
+    All give the same bits, but for the divergence, which is accurate to 1e-6 on each.
 
     Raises:
         ValueError: This machine cannot run it.
+        NativeUnavailable: They cannot be compiled.
     """
-    if library().qad_set_isa(INSTRUCTION_SETS.index(name)):
+    if name not in instruction_sets():
         raise ValueError(f"this machine cannot run {name}; it can run {', '.join(instruction_sets())}")
+    loaded = _load(tuple(instruction_sets()))
+    if isinstance(loaded, str):
+        raise NativeUnavailable(loaded)
+    if loaded.qad_set_isa(INSTRUCTION_SETS.index(name)):
+        raise ValueError(f"the processor denies that it can run {name}")
+    _forced[:] = [loaded]
 
 
 def _c_grid(grid: Grid) -> _Grid:
@@ -516,4 +559,4 @@ def describe() -> str:
     """Return in a few words which kernels run on the CPU, or why none do."""
     if reason := available():
         return f"plain torch ({reason})"
-    return f"native, {instruction_set()} (of {', '.join(instruction_sets())})"
+    return f"native, {instruction_set()}"

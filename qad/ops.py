@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qad import divergence as plain_divergence
 from qad import fake_quant as reference
 from qad import native
 from qad.grid import Grid, get_grid
@@ -99,6 +100,37 @@ def fake_quantize_backward(
         grad_scales_NG = torch.empty(master_NK.shape[0], groups, dtype=torch.float32, device=master_NK.device)
     kernels.fake_quantize_backward(grad_NK, master_NK, scales_NG, grid, noise, grad_scales_NG)
     return grad_scales_NG
+
+
+def divergence(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    labels_C: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float,
+    next_token_weight: float,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor]:
+    """Overwrite student logits with the gradient of the distillation loss: ``qad.divergence.divergence``.
+
+    Accurate to a millionth of the largest gradient there can be; unlike the other operations, its bits depend on the
+    implementation. Kernels take float32.
+    """
+    float32 = student_CV.dtype == teacher_CV.dtype == torch.float32
+    kernels = _kernels(student_CV, teacher_CV) if float32 else None
+    step = plain_divergence.divergence if kernels is None else kernels.divergence
+    return step(
+        student_CV,
+        teacher_CV,
+        labels_C,
+        kind=kind,
+        beta=beta,
+        temperature=temperature,
+        next_token_weight=next_token_weight,
+        keep_logits=keep_logits,
+    )
 
 
 # ---- operators of PyTorch. A grid goes in by name and noise by its fields: schemas know no classes of ours. ----

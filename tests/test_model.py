@@ -151,6 +151,13 @@ def test_default_source_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda f: _edit(f, quantization_config={"quant_method": "gptq", "bits": 4}), "already quantized .gptq"),
         (lambda f: _edit(f, num_hidden_layers=3), "cannot be read as a model folder .*num_hidden_layers"),
         (lambda f: _drop(f, "model.layers.1.mlp.up_proj.weight"), "1 tensors are missing .*layers.1.mlp.up_proj"),
+        (lambda f: (f / "config.json").write_text("[1]"), "holds no JSON object"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer of .* cannot be read .KeyError"),
+        (lambda f: _edit(f, num_attention_heads=0), "cannot be read as a model folder .ZeroDivisionError"),
+        (lambda f: _edit(f, dtype="float8"), "cannot be read as a model folder .*float8"),
+        (lambda f: _edit(f, quantization_config="gptq"), "cannot be read as a model folder|already quantized"),
+        (lambda f: _edit(f, rope_parameters={"rope_type": "banana"}), "cannot be read as a model folder .*banana"),
+        (lambda f: _grow_tokenizer(f), r"token 3\d\d .'new\d+'. but the model's embedding only 320 rows"),
         (lambda f: _edit(f, intermediate_size=128), "0 tensors are missing and 6 have another shape"),
     ],
 )
@@ -165,10 +172,50 @@ def _edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def _grow_tokenizer(folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens([f"new{number}" for number in range(40)])
+    tokenizer.save_pretrained(folder)
+
+
 def _drop(folder: Path, name: str) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights[name]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_that_are_left_out_are_named(folder: Path) -> None:
+    assert load_model(str(folder)).notes == []
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.extra.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    (note,) = load_model(str(folder)).notes
+    assert "1 tensors" in note
+    assert "model.extra.weight" in note
+
+
+def _set_byte(file: Path, after: bytes, offset: int, value: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[data.index(after) + len(after) + offset] = value
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("after", "offset", "value", "message"),
+    [
+        (b"tokenizer.ggml.eos_token_id", 4 + 3, 0x40, "as its eos token but has 600 tokens"),
+        # Type, item type and count of the array, length of the first merge: its first character.
+        (b"tokenizer.ggml.merges", 4 + 4 + 8 + 8, 0x07, "the tokenizer in .* is damaged .*out of vocabulary"),
+        (b"token_embd", 1, 0x78, "no token embedding"),
+    ],
+)
+def test_a_gguf_with_a_wrong_byte_in_its_header(
+    tmp_path: Path, after: bytes, offset: int, value: int, message: str
+) -> None:
+    file = tmp_path / "model.gguf"
+    export.get("gguf").write(make_artifact(tmp_path / "run", "llama-tied"), file)
+    _set_byte(file, after, offset, value)
+    with pytest.raises(UserError, match=message):
+        load_model(str(file))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

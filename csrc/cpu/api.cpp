@@ -5,13 +5,13 @@
 #include "../qad.h"
 #include "kernels.h"
 
+/* A library may hold the kernels of some instruction sets only: those it lacks are null. */
+#define QAD_TABLE(set) extern const qad_kernels qad_kernels_##set __attribute__((weak))
 extern "C" {
-extern const qad_kernels qad_kernels_portable;
-#if defined(QAD_HAVE_X86)
-extern const qad_kernels qad_kernels_avx2, qad_kernels_avx512;
-#elif defined(QAD_HAVE_NEON)
-extern const qad_kernels qad_kernels_neon;
-#endif
+QAD_TABLE(portable);
+QAD_TABLE(avx2);
+QAD_TABLE(avx512);
+QAD_TABLE(neon);
 }
 
 namespace {
@@ -38,10 +38,10 @@ const qad_kernels *kernels_for(int isa) {
 }
 
 int best_isa() {
-    const int from_best[] = {QAD_ISA_NEON, QAD_ISA_AVX512, QAD_ISA_AVX2};
+    const int from_best[] = {QAD_ISA_NEON, QAD_ISA_AVX512, QAD_ISA_AVX2, QAD_ISA_PORTABLE};
     for (int isa : from_best)
         if (kernels_for(isa)) return isa;
-    return QAD_ISA_PORTABLE;
+    return -1;
 }
 
 int chosen_isa = -1;

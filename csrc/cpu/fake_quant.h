@@ -44,7 +44,7 @@ QAD_INLINE Ahead ahead(const qad_fake_quantize_job *job, int64_t first) {
             job->streams ? out * chunk : 0};
 }
 
-QAD_INLINE const float *load_elements(const void *from, int dtype, int64_t first, int count, float *buffer) {
+QAD_CALLED const float *load_elements(const void *from, int dtype, int64_t first, int count, float *buffer) {
     if (dtype == QAD_F32) return (const float *)from + first;
     const uint16_t *source = (const uint16_t *)from + first;
     if (dtype == QAD_BF16)
@@ -55,7 +55,7 @@ QAD_INLINE const float *load_elements(const void *from, int dtype, int64_t first
 }
 
 /* Values that are not NaN. */
-QAD_INLINE void store_elements(void *to, int dtype, int64_t first, int count, const float *buffer) {
+QAD_CALLED void store_elements(void *to, int dtype, int64_t first, int count, const float *buffer) {
     uint16_t *target = (uint16_t *)to + first;
     if (dtype == QAD_BF16)
         for (int i = 0; i < count; i += width) store_bfloat(target + i, load(buffer + i));
@@ -80,7 +80,7 @@ template <int block> QAD_INLINE void find_keys_of(const float *values, int block
     for (; b < blocks; ++b, values += block) keys[b] = reduce_max(block_key(values, block));
 }
 
-QAD_INLINE void find_keys(const float *values, int blocks, int block, uint32_t *keys) {
+QAD_CALLED void find_keys(const float *values, int blocks, int block, uint32_t *keys) {
     if (block == 32)
         find_keys_of<32>(values, blocks, keys);
     else if (block == 64)
@@ -89,7 +89,7 @@ QAD_INLINE void find_keys(const float *values, int blocks, int block, uint32_t *
         find_keys_of<128>(values, blocks, keys);
 }
 
-QAD_INLINE bool all_finite(const float *values, int count) {
+QAD_CALLED bool all_finite(const float *values, int count) {
     U key[vectors];
     for (int v = 0; v < vectors; ++v) key[v] = set_words(0);
     for (int i = 0; i < count; i += chunk)
@@ -119,7 +119,7 @@ QAD_INLINE F round_scales(F value, const qad_grid &grid) {
     return choose(less_equal(value, value), magnitude, float_of(set_words(quiet_nan)));
 }
 
-QAD_INLINE void find_scales(const float *values, const float *given, int blocks, const qad_grid &grid, Scales &out) {
+QAD_CALLED void find_scales(const float *values, const float *given, int blocks, const qad_grid &grid, Scales &out) {
     uint32_t keys[most_blocks + width];
     float padded[most_blocks + width];
     bool look = false;
@@ -268,7 +268,7 @@ struct Mode {
     bool draws_elements() const { return mode == QAD_NOISE_UNIFORM || mode == QAD_NOISE_STOCHASTIC; }
 };
 
-QAD_INLINE void fill_blocks(Draws &draws, int64_t first, int blocks, const Random &random) {
+QAD_CALLED void fill_blocks(Draws &draws, int64_t first, int blocks, const Random &random) {
     uint16_t bits[most_blocks + random_step];
     fill_random(bits, first, blocks, random);
     for (int b = 0; b < blocks; ++b) draws.block[b] = ((float)bits[b] + 0.5f) * 0x1p-16f;

@@ -1,8 +1,10 @@
-/* Compiled once per instruction set, with QAD_KERNELS naming the table it defines. Includes no C++ header: see simd.h.
- */
-#include "divergence.h"
+/* Compiled once per instruction set, which QAD_SET names. Includes no C++ header: see simd.h. */
 #include "fake_quant.h"
 #include "kernels.h"
 
-extern "C" const qad_kernels QAD_KERNELS;
-extern "C" const qad_kernels QAD_KERNELS = {fake_quantize, backward, quantize, dequantize, uniform16, divergence_rows};
+#define QAD_JOIN(a, b) a##b
+#define QAD_NAME(a, b) QAD_JOIN(a, b)
+
+extern "C" const qad_kernels QAD_NAME(qad_kernels_, QAD_SET);
+extern "C" const qad_kernels QAD_NAME(qad_kernels_, QAD_SET) = {
+    fake_quantize, backward, quantize, dequantize, uniform16, QAD_NAME(qad_divergence_rows_, QAD_SET)};

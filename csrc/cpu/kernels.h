@@ -47,4 +47,12 @@ struct qad_kernels {
     void (*divergence)(const qad_divergence_job *job, int64_t begin, int64_t end);
 };
 
+#define QAD_ROWS(set) void qad_divergence_rows_##set(const qad_divergence_job *job, int64_t begin, int64_t end)
+extern "C" {
+QAD_ROWS(portable);
+QAD_ROWS(avx2);
+QAD_ROWS(avx512);
+QAD_ROWS(neon);
+}
+
 #endif

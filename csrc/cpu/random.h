@@ -28,7 +28,7 @@ constexpr int lanes_of_calls = 2;
 constexpr int random_step = 4 * width * lanes_of_calls;
 
 /* Fill out with 16 random bits for `count` elements, the first of which is `first` (a multiple of 8). */
-QAD_INLINE void fill_random(uint16_t *out, int64_t first, int count, const Random &random) {
+QAD_CALLED void fill_random(uint16_t *out, int64_t first, int count, const Random &random) {
     const D multiplier_0 = set_long(QAD_PHILOX_MULTIPLIER_0), multiplier_1 = set_long(QAD_PHILOX_MULTIPLIER_1);
     D call = add_long(set_long((uint64_t)first / 8), first_calls());
     const D calls_per_vector = set_long(width / 2);
