@@ -296,8 +296,8 @@ def _load_hf(source: str, dtype: torch.dtype) -> LoadedModel:
     notes = []
     if unused := sorted(info.get("unexpected_keys", [])):
         notes.append(
-            f"{len(unused)} tensors of {source} have no place in the model that its config.json describes, and are left "
-            f"out, such as {', '.join(unused[:3])}"
+            f"{len(unused)} tensors of {source} have no place in the model that its config.json describes, and are "
+            f"left out, such as {', '.join(unused[:3])}"
         )
     return LoadedModel(model.eval(), tokenizer, source, notes)
 
@@ -326,7 +326,8 @@ def load_model(source: str | None = None, dtype: torch.dtype = torch.float32) ->
 
     Raises:
         UserError: Missing, truncated or damaged files, no tokenizer or that of another model, an unsupported
-            architecture, an unreachable hub, or NaN or infinity among the weights; the message says which and what to do.
+            architecture, an unreachable hub, or NaN or infinity among the weights; the message says which and what to
+            do.
     """
     source = resolve_source(source)
     loaded = _load_gguf(Path(source), dtype) if is_gguf(source) else _load_hf(source, dtype)

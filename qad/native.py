@@ -318,7 +318,7 @@ def instruction_set() -> str:
 
 
 def force_instruction_set(name: str) -> None:
-    """Use another instruction set from now on; the first call compiles all of them. For tests and benchmarks.
+    """Use an instruction set until ``release_instruction_set``; the first call compiles all. For tests and benchmarks.
 
     All give the same bits, but for the divergence, which is accurate to 1e-6 on each.
 
@@ -334,6 +334,11 @@ def force_instruction_set(name: str) -> None:
     if loaded.qad_set_isa(INSTRUCTION_SETS.index(name)):
         raise ValueError(f"the processor denies that it can run {name}")
     _forced[:] = [loaded]
+
+
+def release_instruction_set() -> None:
+    """Go back to the best instruction set."""
+    _forced.clear()
 
 
 def _c_grid(grid: Grid) -> _Grid:

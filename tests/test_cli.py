@@ -1,5 +1,6 @@
 """The command line: what bad input says, what it leaves alone, and what the help mentions."""
 
+import importlib.util
 import json
 import os
 import re
@@ -274,6 +275,16 @@ def damage_architecture(folder: Path) -> str:
     return str(place)
 
 
+def damage_no_end(folder: Path) -> str:
+    place = folder / "endless"
+    save_model(place)
+    settings = json.loads((place / "tokenizer_config.json").read_text())
+    for name in ("bos_token", "eos_token", "pad_token"):
+        settings.pop(name, None)
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(place)
+
+
 def damage_weights(folder: Path) -> str:
     save_model(folder / "cut")
     os.truncate(folder / "cut" / "model.safetensors", 5000)
@@ -376,6 +387,24 @@ def test_the_corrected_command_runs_in_the_same_folder(qad: Call, tmp_path: Path
     empty = tmp_path / "empty"
     empty.mkdir()
     assert qad("train", *options(model, steps=0), "-o", empty).code == 0
+
+
+def test_a_teacher_without_an_end_of_text(qad: Call, tmp_path: Path, model: Path) -> None:
+    result = qad("train", *options(model, teacher=damage_no_end(tmp_path)), "-o", tmp_path / "run")
+    check_error(result, "names no end-of-text token.*set eos_token")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_that_is_not_installed(
+    qad: Call, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if "tensorb" in name else find(name, *rest)
+    )
+    result = qad("train", *options(model), "--tensorboard", "-o", tmp_path / "run")
+    check_error(result, r"pip install 'qad\[tensorboard\]'")
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- a full disk

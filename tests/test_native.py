@@ -55,13 +55,12 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    before = native.instruction_set()
     native.force_instruction_set(name)
     try:
         assert native.instruction_set() == name
         yield
     finally:
-        native.force_instruction_set(before)
+        native.release_instruction_set()
 
 
 @contextmanager
