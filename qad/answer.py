@@ -29,6 +29,10 @@ def answer(
     runtime = runtimes.runtime_for(file)
     if reason := runtime.available():
         raise UserError(f"{file} cannot be run: {reason}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not UTF-8 text: check the encoding of the terminal") from error
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     session = runtime.open(file, threads=threads)
     try:

@@ -41,8 +41,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UserError(f"{self} is impossible: temperature and top_k are at least 0, top_p in (0, 1]")
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.seed < 0:
+            raise UserError(f"{self} is impossible: temperature, top_k and seed are at least 0, top_p in (0, 1]")
 
 
 GREEDY = Sampling()

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from jinja2 import TemplateError
 from numpy.typing import ArrayLike, NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,11 +83,20 @@ class TorchSession:
         return self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
 
     def chat_prompt(self, text: str) -> list[int]:
-        """Return the tokens of one user message under the chat template; plain tokens if there is none."""
+        """Return the tokens of one user message under the chat template; plain tokens if there is none.
+
+        Raises:
+            UserError: The template cannot be rendered.
+        """
         if not self._tokenizer.chat_template:
             return list(self._tokenizer(text)["input_ids"])
         messages = [{"role": "user", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(
+                f"the chat template of {self._tokenizer.name_or_path} cannot be rendered: {error}"
+            ) from error
         return self.tokenize(rendered)
 
     @torch.inference_mode()

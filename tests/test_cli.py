@@ -506,6 +506,11 @@ def test_running_something_that_cannot_be_run(qad: Call, tmp_path: Path, place: 
     check_error(qad("run", tmp_path / place, "hello"), place)
 
 
+def test_a_prompt_that_is_no_text(qad: Call, tmp_path: Path) -> None:
+    run = make_artifact(tmp_path, "llama-tied").folder.parent
+    check_error(qad("run", run, b"caf\xe9".decode(errors="surrogateescape")), "the prompt is not UTF-8")
+
+
 def test_verifying_what_is_not_there(qad: Call, tmp_path: Path) -> None:
     make_artifact(tmp_path, "llama-tied")
     check_error(qad("verify", tmp_path, tmp_path / "nowhere.gguf"), "nowhere")

@@ -1,5 +1,6 @@
 """Data: every way in gives the same rows, every bad input one clear error; packing loses no token; sampling repeats."""
 
+import copy
 import gzip
 import json
 from collections.abc import Callable
@@ -185,6 +186,14 @@ def test_conversations_are_masked_and_texts_are_not(tiny_tokenizer: PreTrainedTo
     cut = tokenize_rows([chat_row("Two and two?", "Four.")], tiny_tokenizer, seq_len=9)
     assert cut[0]["input_ids"] == chat["input_ids"][:9]
     assert len(cut[0]["completion_mask"]) == 9
+
+
+def test_a_chat_template_that_cannot_be_rendered(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    broken = copy.deepcopy(tiny_tokenizer)
+    broken.chat_template = "{% for message in %}"
+    with pytest.raises(UserError, match="chat template cannot be rendered"):
+        tokenize_rows([chat_row("Two and two?", "Four.")], broken)
+    assert len(tokenize_rows([text_row("Three pears.")], broken)) == 1
 
 
 def test_tokenizing_bad_rows(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

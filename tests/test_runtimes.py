@@ -285,10 +285,23 @@ def test_sampling_rules() -> None:
     np.testing.assert_allclose(drawn(Sampling(temperature=0.5)), squares / squares.sum(), atol=0.04)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"seed": -1}],
+)
 def test_impossible_sampling(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match="impossible"):
         Sampling(**bad)  # type: ignore[arg-type]
+
+
+def test_a_chat_template_that_cannot_be_rendered(tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path, "llama-tied")
+    (artifact.folder / "chat_template.jinja").write_text("{% for message in %}")
+    with (
+        runtimes.get("reference").open(tmp_path, threads=1) as session,
+        pytest.raises(UserError, match="cannot be rendered"),
+    ):
+        session.chat_prompt("Hello?")
 
 
 def test_free_cores_is_a_sane_number() -> None:

@@ -101,6 +101,31 @@ def test_another_runs_file(exported: Callable[..., tuple[Path, Path]], capsys: p
     assert "exported from another run" in capsys.readouterr().out.replace("\n", " ")
 
 
+@needs_llama
+def test_a_file_of_another_model(
+    exported: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = exported()
+    _, other = exported("qwen2")
+    assert verify_command(run, other, threads=1) == 1
+    out = capsys.readouterr().out
+    assert "bit-exact: 0 of 15 tensors" in out
+    assert "not compared in the runtime: the file's model has" in out
+
+
+@needs_llama
+def test_a_wrong_file_that_no_runtime_loads(
+    exported: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = exported()
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_no.weight"))
+    assert verify_command(run, file, threads=1) == 1
+    out = capsys.readouterr().out
+    assert "mlp.up_proj.weight: missing in the file" in out
+    assert "not compared in the runtime: llama.cpp cannot load" in out
+
+
 def test_missing_and_added_tensors(exported: Callable[..., tuple[Path, Path]]) -> None:
     small, small_file = exported()
     large, large_file = exported(num_hidden_layers=3)
@@ -146,6 +171,9 @@ def test_bad_arguments(exported: Callable[..., tuple[Path, Path]], tmp_path: Pat
         verify(run, run / "none.gguf")
     with pytest.raises(UserError, match="--text"):
         verify_command(run, file, text=tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(UserError, match="latin.txt is not UTF-8"):
+        verify_command(run, file, text=tmp_path / "latin.txt")
 
 
 @needs_llama

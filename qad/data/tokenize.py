@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset, Features, Sequence, Value
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qad.data.rows import Row
@@ -25,6 +26,19 @@ def _encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], li
     if row.get("text") is not None:
         ids = tokenizer.encode(row["text"])
         return ids, [1] * len(ids)
+    try:
+        before, after = _split_chat(row, tokenizer)
+    except (TemplateError, TypeError) as error:
+        raise UserError(
+            f"the tokenizer's chat template cannot be rendered ({error}): repair it, or give `text` rows"
+        ) from error
+    ids, answer = (tokenizer.encode(text, add_special_tokens=False) for text in (before, after))
+    # Two encodings, joined: a model at work gets the prompt as tokens of its own, so none may span the border.
+    return ids + answer, [0] * len(ids) + [1] * len(answer)
+
+
+def _split_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return a conversation under the chat template, up to where the answer begins and from there."""
     prompt, completion = list(row["prompt"]), list(row["completion"])
     whole = str(tokenizer.apply_chat_template(prompt + completion, tokenize=False))
     start = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
@@ -36,10 +50,7 @@ def _encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], li
                 "the chat template rewrites the prompt once an answer follows, so the answer's tokens cannot be told from "
                 "the prompt's: give the rows as plain `text`"
             )
-    # Two encodings, joined: a model at work gets the prompt as tokens of its own, so none may span the border.
-    before = tokenizer.encode(start, add_special_tokens=False)
-    after = tokenizer.encode(whole[len(start) :], add_special_tokens=False)
-    return before + after, [0] * len(before) + [1] * len(after)
+    return start, whole[len(start) :]
 
 
 def tokenize_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int | None = None) -> Dataset:
