@@ -89,13 +89,24 @@ class Outcome:
 
 
 def load_outcome(run: Path) -> Outcome:
-    """Read ``result.json`` of a finished run."""
-    values = json.loads((run / RESULT_FILE).read_text())
-    rows = [
-        (row["what"], Quality(row["kl"], row["nll"], row["same_top1"], row["tokens"]), row["bytes"])
-        for row in values["rows"]
-    ]
-    return Outcome(run, rows, values["best_step"])
+    """Read ``result.json`` of a finished run.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    file = run / RESULT_FILE
+    try:
+        values = json.loads(file.read_text())
+        rows = [
+            (row["what"], Quality(row["kl"], row["nll"], row["same_top1"], row["tokens"]), row["bytes"])
+            for row in values["rows"]
+        ]
+        return Outcome(run, rows, values["best_step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}), the artifact beside it need not be: export it as it is, "
+            "or delete the file and train again with --resume"
+        ) from error
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:

@@ -228,6 +228,13 @@ def test_a_damaged_recipe(qad: Call, tmp_path: Path, model: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- models
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"rows": [{}]}'])
+def test_a_damaged_result(qad: Call, tmp_path: Path, model: Path, content: str) -> None:
+    assert qad("train", *options(model, steps=0), "-o", tmp_path).code == 0
+    (tmp_path / "result.json").write_text(content)
+    check_error(qad("train", "--resume", "-o", tmp_path), "result.json is damaged .*delete the file and train again")
+
+
 def damage_missing(folder: Path) -> str:
     return str(folder / "nowhere.gguf")
 
