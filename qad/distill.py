@@ -104,7 +104,7 @@ def load_outcome(run: Path) -> Outcome:
         return Outcome(run, rows, values["best_step"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is damaged ({type(error).__name__}: {error}), the artifact beside it need not be: export it as it is, "
+            f"{file} is damaged ({type(error).__name__}: {error}), the artifact beside it need not be: export it, "
             "or delete the file and train again with --resume"
         ) from error
 
