@@ -39,3 +39,44 @@ def pack_gguf(quantized: QuantizedTensor) -> NDArray[np.uint8]:
     else:
         raise AssertionError(f"no GGUF layout for {grid.bits}-bit codes")
     return blocks.reshape(rows, -1)
+
+
+def _fields(quantized: QuantizedTensor) -> NDArray[np.uint8]:
+    """Return the codes as unsigned fields (2^(bits-1) added), one after another, lowest bits first.
+
+    Returns:
+        uint8 array of shape [N, K * bits / 8].
+    """
+    bits = quantized.grid.bits
+    assert bits in (4, 8), bits
+    # Modulo 256: adding 128 turns int8 into offset binary, adding 8 does the same for codes -8..7.
+    fields = np.ascontiguousarray(quantized.codes_NK.numpy()).view(np.uint8) + np.uint8(1 << (bits - 1))
+    if bits == 8:
+        return fields
+    packed = fields[:, 1::2] << np.uint8(4)
+    packed |= fields[:, ::2]
+    return packed
+
+
+def pack_gptq(quantized: QuantizedTensor) -> NDArray[np.int32]:
+    """Lay codes out as the ``qweight`` of a GPTQ checkpoint.
+
+    Word [i, n] holds codes i * 32 / bits and following of output feature n, the first in its lowest bits, each with
+    2^(bits-1) added. Source: AutoGPTQ's ``QuantLinear.pack``.
+
+    Returns:
+        int32 array of shape [K * bits / 32, N].
+    """
+    return np.ascontiguousarray(_fields(quantized).view("<i4").T)
+
+
+def pack_onnx(quantized: QuantizedTensor) -> NDArray[np.uint8]:
+    """Lay codes out as the ``B`` of ONNX Runtime's MatMulNBits and GatherBlockQuantized.
+
+    Byte j of a 4-bit block holds code 2j in its low and code 2j + 1 in its high nibble; 2^(bits-1) is added, which is
+    the default zero point. Source: ONNX Runtime's ContribOperators.md.
+
+    Returns:
+        uint8 array of shape [N, G, block * bits / 8].
+    """
+    return _fields(quantized).reshape(*quantized.scales_NG.shape, -1)

@@ -1,4 +1,4 @@
-"""Codes to bytes: decoded again by gguf-py, which shares no code with qad."""
+"""Codes to bytes: decoded again by gguf-py, which shares no code with qad, or one bit after another from the text."""
 
 import gguf
 import numpy as np
@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from qad import native
 from qad.grid import GRIDS, Grid
-from qad.pack import gguf_block_bytes, pack_gguf
+from qad.pack import gguf_block_bytes, pack_gguf, pack_gptq, pack_onnx
 from qad.tensor import QuantizedTensor, dequantize, quantize, round_scales
 
 GGUF_TYPES = {"q4_0": GGMLQuantizationType.Q4_0, "q8_0": GGMLQuantizationType.Q8_0}
@@ -89,3 +90,57 @@ def test_one_flipped_bit_is_seen(grid: Grid) -> None:
     blob[1, 9] ^= 0x10
     decoded = gguf_dequantize(blob, GGUF_TYPES[grid.name])
     assert int((decoded != dequantize(quantized).numpy()).sum()) == 1
+
+
+# ------------------------------------------------------------------------------------ GPTQ and ONNX: any grid
+
+any_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
+some_shapes = pytest.mark.parametrize(("rows", "groups"), [(1, 1), (3, 2), (40, 3)])
+
+
+def gptq_code(words: np.ndarray, row: int, column: int, bits: int) -> int:
+    """Return one code as the format describes it: in word column * bits / 32, lowest first, 2^(bits-1) added."""
+    word = int(words[column * bits // 32, row]) & 0xFFFFFFFF
+    return (word >> (column * bits % 32)) % 2**bits - 2 ** (bits - 1)
+
+
+def onnx_code(packed: np.ndarray, row: int, column: int, grid: Grid) -> int:
+    """Return one code as MatMulNBits documents it."""
+    inside = column % grid.block
+    byte = int(packed[row, column // grid.block, inside * grid.bits // 8])
+    if grid.bits == 4:
+        byte = byte // 16 if inside % 2 else byte % 16
+    return byte - 2 ** (grid.bits - 1)
+
+
+@any_grid
+@some_shapes
+def test_each_code_is_where_gptq_and_onnx_look_for_it(grid: Grid, rows: int, groups: int) -> None:
+    quantized = random_tensor(rows, groups * grid.block, grid, seed=rows)
+    words, packed = pack_gptq(quantized), pack_onnx(quantized)
+    assert (words.dtype, words.shape) == (np.int32, (groups * grid.block * grid.bits // 32, rows))
+    assert (packed.dtype, packed.shape) == (np.uint8, (rows, groups, grid.block * grid.bits // 8))
+    places = [(row, column) for row in range(rows) for column in range(groups * grid.block)]
+    codes = quantized.codes_NK.flatten().tolist()
+    assert [gptq_code(words, row, column, grid.bits) for row, column in places] == codes
+    assert [onnx_code(packed, row, column, grid) for row, column in places] == codes
+
+
+@pytest.mark.skipif("native.available() is not None", reason="there are no kernels here")
+@any_grid
+@some_shapes
+def test_kernel_and_reference_pack_alike(grid: Grid, rows: int, groups: int) -> None:
+    quantized = random_tensor(rows, groups * grid.block, grid, seed=rows)
+    for layout, pack in (("gguf", pack_gguf), ("gptq", pack_gptq), ("onnx", pack_onnx)):
+        if layout == "gguf" and grid.block != 32:
+            continue
+        expected = native.pack(quantized.codes_NK, quantized.scales_NG, grid, layout).numpy()
+        np.testing.assert_array_equal(pack(quantized), expected, strict=True)
+
+
+@any_grid
+def test_a_transposed_tensor_packs_alike_in_every_layout(grid: Grid) -> None:
+    plain = random_tensor(8, 2 * grid.block, grid, seed=1)
+    strided = QuantizedTensor(plain.codes_NK.t().contiguous().t(), plain.scales_NG.t().contiguous().t(), grid)
+    np.testing.assert_array_equal(pack_gptq(strided), pack_gptq(plain))
+    np.testing.assert_array_equal(pack_onnx(strided), pack_onnx(plain))
