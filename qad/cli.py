@@ -62,7 +62,8 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Learning rate, in grid steps per optimizer step (0.02: a fiftieth of a step).", show_default="0.002"
+            help="Learning rate of the weights, in grid steps per optimizer step (0.02: a fiftieth of one).",
+            show_default="0.002",
         ),
     ] = None,
     noise: Annotated[
@@ -160,7 +161,8 @@ def train(
         console.print(f"\ninterrupted; continue with: qad train --resume -o {output}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     print_outcome(outcome, console)
-    console.print(f"artifact: {output}/artifact    next: qad export {output} --format gguf -o FILE")
+    # Not folded: the command is there to be copied.
+    console.print(f"artifact: {output}/artifact    next: qad export {output} --format gguf -o FILE", soft_wrap=True)
 
 
 @app.command()
