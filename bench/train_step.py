@@ -47,7 +47,8 @@ def main() -> None:
         device
     )
     shape = (max(1, arguments.tokens // 256), min(256, arguments.tokens))
-    inputs = {"input_ids": torch.randint(0, teacher.config.vocab_size, shape, device=device)}
+    tokens_BT = torch.randint(0, teacher.config.vocab_size, shape, device=device)
+    inputs = {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT)}
     labels_T = inputs["input_ids"].roll(-1).flatten()
     settings = LossSettings()
 

@@ -36,8 +36,8 @@ class LossSettings:
         beta: Weight of the teacher in ``jsd``, within (0, 1).
         temperature: Divides both models' logits; the divergence is multiplied by its square (Hinton et al., 2015).
         next_token_weight: Weight of the plain next-token cross-entropy, which is added.
-        chunk_tokens: Rows of logits that exist at a time, those of both models counted: with a live teacher half as
-            many tokens are worked on. Fewer than 128 tokens at a time make the matrix products slower.
+        chunk_tokens: Rows of logits that a chunk may take in memory, those of both models counted: with a live teacher
+            less than half as many tokens are worked on. Fewer than 128 tokens at a time make the matrix products slower.
     """
 
     kl: str = "forward"
@@ -105,7 +105,9 @@ class ChunkLogits:
         models = 1 if teacher_dtype is None else 2
         others = {other for other in (head_VD.dtype, teacher_dtype) if other is not None and other != dtype}
         per_token = dtype.itemsize * models + sum(other.itemsize for other in others)
-        self.tokens = max(1, min(tokens, chunk_tokens * dtype.itemsize // per_token))
+        # An eighth of the chunk is left to the gradient of the hidden states and to what matrix products pack, so that
+        # all of them stay within it.
+        self.tokens = max(1, min(tokens, chunk_tokens * dtype.itemsize * 7 // 8 // per_token))
         rows_CV = torch.empty(models * self.tokens, vocabulary, dtype=dtype, device=device)
         self._student_CV, self._teacher_CV = rows_CV[: self.tokens], rows_CV[self.tokens :]
         self._products = {other: torch.empty(self.tokens, vocabulary, dtype=other, device=device) for other in others}

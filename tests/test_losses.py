@@ -278,7 +278,7 @@ def test_logits_of_all_tokens_never_exist_at_once(kl: str, teacher_kind: str) ->
     assert plain_run.elements == tokens * vocabulary
     with LargestTensor() as run:
         chunked_distillation(hidden, head, torch.zeros(tokens, dtype=torch.long), teacher, settings).loss.backward()
-    assert run.elements == chunk * vocabulary
+    assert 0.5 * chunk * vocabulary < run.elements <= chunk * vocabulary
 
 
 # ---------------------------------------------------------------------------------------------------- bfloat16
