@@ -2,9 +2,10 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,57 @@ from qad.artifact import Artifact
 from qad.errors import UserError, unknown_name
 
 OnProgress = Callable[[int, int], None]
+_CHUNK = 1 << 20  # values compared at a time
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far fp16 is from the exact values of a tensor, or of several.
+
+    Attributes:
+        values: How many values other than zero there are.
+        changed: How many of them fp16 cannot hold.
+        largest: Largest relative error of one.
+        total: Sum of the relative errors.
+    """
+
+    values: int = 0
+    changed: int = 0
+    largest: float = 0.0
+    total: float = 0.0
+
+    @classmethod
+    def of(cls, exact: NDArray[np.float32], half: NDArray[Any] | None = None) -> Self:
+        """Measure the rounding of values; ``half``: what they became, the nearest fp16 if None."""
+        outcome = cls()
+        flat = exact.reshape(-1)
+        rounded = None if half is None else half.reshape(-1)
+        for start in range(0, flat.size, _CHUNK):
+            values = flat[start : start + _CHUNK].astype(np.float64)
+            # What fp16 does not reach becomes infinite, and so does its error.
+            with np.errstate(over="ignore", invalid="ignore"):
+                after = values.astype(np.float16) if rounded is None else rounded[start : start + _CHUNK]
+                errors = np.abs(after[values != 0].astype(np.float64) / values[values != 0] - 1)
+            outcome += cls(
+                errors.size, int(np.count_nonzero(errors)), float(errors.max(initial=0.0)), float(errors.sum())
+            )
+        return outcome
+
+    def __add__(self, other: "Rounding") -> Self:
+        return type(self)(
+            self.values + other.values,
+            self.changed + other.changed,
+            max(self.largest, other.largest),
+            self.total + other.total,
+        )
+
+    @property
+    def mean(self) -> float:
+        """Mean relative error."""
+        return self.total / self.values if self.values else 0.0
+
+    def __str__(self) -> str:
+        return f"relative error {self.largest:.1e} at most, {self.mean:.1e} in the mean"
 
 
 class Weights(Protocol):
@@ -36,7 +88,7 @@ class Exporter(Protocol):
 
     @property
     def SUFFIX(self) -> str:
-        """Ending of the files it writes, with the dot."""
+        """Ending of what it writes, a file's with the dot: ``qad export`` writes to ``student`` with this ending."""
         ...
 
     @property
@@ -44,13 +96,29 @@ class Exporter(Protocol):
         """Names of the grids whose codes it can carry unchanged."""
         ...
 
-    def write(self, artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> None:
+    @property
+    def FP16_RUNTIMES(self) -> bool:
+        """Whether runtimes multiply codes and scales in fp16, which rounds products of more than 11 bits."""
+        ...
+
+    def recognizes(self, path: Path) -> bool:
+        """Return whether a path is a file or folder of this format, or one to be, judged by names alone."""
+        ...
+
+    def only_half(self, artifact: Artifact) -> frozenset[str]:
+        """Return the names of the artifact's tensors that the format can hold only as fp16."""
+        ...
+
+    def write(self, artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> Mapping[str, Rounding]:
         """Write an artifact's codes and scales, whole or not at all.
 
         Args:
             artifact: What to write.
             path: Where.
             on_progress: Called with the bytes written so far and in all.
+
+        Returns:
+            Name of each tensor that only fp16 could hold -> by how much that moved it.
 
         Raises:
             UserError: The format cannot carry the artifact, or the disk is full; a previous file survives.
@@ -87,27 +155,33 @@ def get(name: str) -> Exporter:
 
 
 def exporter_for(path: Path) -> Exporter:
-    """Return the exporter that writes and reads files with a path's ending.
+    """Return the exporter that reads a file or folder.
 
     Raises:
-        UserError: No format has that ending.
+        UserError: No format knows it.
     """
-    endings = {get(name).SUFFIX: name for name in names()}
-    if path.suffix not in endings:
-        raise UserError(f"{path} has none of the known endings: {', '.join(sorted(endings))}")
-    return get(endings[path.suffix])
+    exporters = [get(name) for name in names()]
+    for exporter in exporters:
+        if exporter.recognizes(path):
+            return exporter
+    endings = ", ".join(sorted(exporter.SUFFIX for exporter in exporters if exporter.SUFFIX.startswith(".")))
+    raise UserError(f"{path} has none of the known endings: {endings}; nor is it a GPTQ folder with its configuration")
+
+
+def formats_that_carry(artifact: Artifact) -> list[str]:
+    """Return the names of the formats that know every grid of an artifact."""
+    return [name for name in names() if set(artifact.grids.values()) <= set(get(name).GRIDS)]
 
 
 def check_grids(artifact: Artifact, exporter: Exporter) -> None:
-    """Check that a format can carry every grid of an artifact.
+    """Check that a format knows every grid of an artifact.
 
     Raises:
-        UserError: It cannot; the message lists the formats that can.
+        UserError: It does not; the message lists the formats that do.
     """
-    grids = set(artifact.grids.values())
-    missing = sorted(grids - set(exporter.GRIDS))
+    missing = sorted(set(artifact.grids.values()) - set(exporter.GRIDS))
     if missing:
-        able = [name for name in names() if grids <= set(get(name).GRIDS)]
+        able = formats_that_carry(artifact)
         raise UserError(
             f"this format cannot carry the grid {', '.join(missing)} without rounding again (it carries "
             f"{', '.join(exporter.GRIDS)}); "

@@ -23,7 +23,7 @@ from torch import Tensor
 from qad.architectures import Architecture, architecture_of_gguf, get_architecture
 from qad.artifact import Artifact
 from qad.errors import UserError
-from qad.export import OnProgress, Weights, _gguf_metadata, check_grids, get
+from qad.export import OnProgress, Rounding, Weights, _gguf_metadata, check_grids, get
 from qad.files import replacing_file
 from qad.gguf_check import read_header
 from qad.grid import get_grid
@@ -32,10 +32,21 @@ from qad.tensor import QuantizedTensor
 
 SUFFIX = ".gguf"
 GRIDS = ("q4_0", "q8_0")
+FP16_RUNTIMES = False
 
 _BLOCKS = {"q4_0": GGMLQuantizationType.Q4_0, "q8_0": GGMLQuantizationType.Q8_0}
 _ROPE_FACTORS = "rope_freqs.weight"
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+
+
+def recognizes(path: Path) -> bool:
+    """Return whether a path ends as GGUF files do."""
+    return path.suffix == SUFFIX
+
+
+def only_half(artifact: Artifact) -> frozenset[str]:
+    """Return no name: what GGUF does not store as codes it stores as float32."""
+    return frozenset()
 
 
 def _gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
@@ -133,13 +144,16 @@ def _data(artifact: Artifact, order: list[str]) -> Iterator[NDArray[Any]]:
         yield _pack(artifact, name, architecture.permuted_heads(name, artifact.config))
 
 
-def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> None:
+def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> dict[str, Rounding]:
     """Write an artifact as a GGUF file, whole or not at all.
 
     Args:
         artifact: What to write.
         path: Where; a previous file is replaced when the new one is complete.
         on_progress: Called after each tensor with the bytes of weights written so far and in all.
+
+    Returns:
+        Nothing: no tensor is held as fp16.
 
     Raises:
         UserError: A grid, architecture or tokenizer that GGUF cannot carry, no tokenizer, or a full disk.
@@ -161,6 +175,7 @@ def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None)
                 if on_progress is not None:
                     on_progress(min(done, total), total)
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+    return {}
 
 
 class GGUFWeights(Mapping[str, NDArray[np.float32]]):

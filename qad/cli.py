@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
 
+from qad import interrupts
 from qad.errors import UserError
 from qad.files import explain
 
@@ -25,7 +26,7 @@ app = typer.Typer(
 )
 
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, as made by `qad train`.")]
-FileArgument = Annotated[Path, typer.Argument(help="Exported file.")]
+FileArgument = Annotated[Path, typer.Argument(help="Exported file or folder.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; by default the free physical cores.", min=1)]
 
 
@@ -156,7 +157,8 @@ def train(
 
     console = Console()
     try:
-        outcome = distill(resolved, output, resume=resume, console=console)
+        with interrupts.remembered():
+            outcome = distill(resolved, output, resume=resume, console=console)
     except KeyboardInterrupt:
         console.print(f"\ninterrupted; continue with: qad train --resume -o {output}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
@@ -168,8 +170,8 @@ def train(
 @app.command()
 def export(
     run: RunArgument,
-    format: Annotated[str, typer.Option("--format", help="Container: gguf.")] = "gguf",  # noqa: A002
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
+    format: Annotated[str, typer.Option("--format", help="Container: gguf (a file) or gptq (a folder).")] = "gguf",  # noqa: A002
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File or folder to write.")] = None,
 ) -> None:
     """Pack a run's codes and scales into a file for a runtime, without touching a value."""
     from rich.console import Console
@@ -186,12 +188,20 @@ def export(
     with Progress(console=console) as progress:
         # Shown with its first byte: an error before that must not leave an empty bar behind.
         task = progress.add_task(f"writing {target}", total=None, visible=False)
-        exporter.write(
+        rounded = exporter.write(
             artifact,
             target,
             lambda done, total: progress.update(task, completed=done, total=total, visible=True),
         )
-    console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, run {artifact.run_hash[:12]}")
+    size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
+    console.print(f"{target}: {size / 1e6:.1f} MB, run {artifact.run_hash[:12]}")
+    if rounded:
+        quantized = [name for name in rounded if name in artifact.grids]
+        console.print(f"held in fp16, as {format} holds all but linear layers: {len(rounded)} tensors", soft_wrap=True)
+        for name in quantized:
+            console.print(f"  {name}: {rounded[name]}", soft_wrap=True)
+        others = sum((rounded[name] for name in rounded if name not in quantized), exporters.Rounding())
+        console.print(f"  norms and biases: {others}", soft_wrap=True)
 
 
 @app.command()
@@ -248,6 +258,9 @@ def main() -> None:
     """Run the command line. A user's error is one message and status 2, an interrupt status 130."""
     try:
         app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -23,7 +23,7 @@ from rich.text import Text
 from qad import runtimes
 from qad.artifact import Artifact, open_artifact, tensor_sha256
 from qad.errors import UserError
-from qad.export import OnProgress, Weights, exporter_for
+from qad.export import OnProgress, Rounding, exporter_for
 
 QUESTION = "Explain in two sentences why leaves are green."
 ANSWER_TOKENS = 48
@@ -60,9 +60,12 @@ class VerifyResult:
     """What comparing a file with its run found.
 
     Attributes:
-        quantized, exact: Quantized tensors, and those of them that are bit-exact.
+        quantized, exact: Quantized tensors that the format carries as such, and those of them that are bit-exact.
         kept, kept_exact: The same of the tensors kept in float32.
         mismatches: One entry for each tensor that is not.
+        half: Name of each tensor that the format holds only as fp16 -> by how much that moved it. Those among
+            ``mismatches`` are not the nearest fp16 values.
+        products: What fp16 makes of the decoded weights; None where the format's runtimes compute with all bits.
         run_hash: Of the artifact.
         file_run_hash: As the file's metadata has it, None if it has none.
     """
@@ -74,27 +77,34 @@ class VerifyResult:
     run_hash: str
     file_run_hash: str | None
     mismatches: list[Mismatch] = field(default_factory=list)
+    half: dict[str, Rounding] = field(default_factory=dict)
+    products: Rounding | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether every tensor is bit-exact and nothing is missing or added."""
+        """Whether every tensor is what the format can hold of it, bit for bit, and nothing is missing or added."""
         return not self.mismatches
 
 
-def _compare(artifact: Artifact, decoded: Weights, name: str) -> Mismatch | None:
-    """Compare one tensor of the file with the artifact and with the trainer's hash."""
-    if name not in decoded:
-        return Mismatch(name, "missing in the file")
-    found = np.ascontiguousarray(decoded[name])
-    wanted = artifact.weight(name).numpy()
+def _compare(artifact: Artifact, name: str, found: NDArray[np.float32], half: bool) -> Mismatch | None:
+    """Compare one tensor of the file with the artifact and with the trainer's hash.
+
+    ``half``: The file can only hold the nearest fp16 values. Then the hash is that of the artifact's own.
+    """
+    exact = wanted = artifact.weight(name).numpy()
+    if half:
+        with np.errstate(over="ignore"):
+            wanted = exact.astype(np.float16).astype(np.float32)
+    hashed = exact if half else found
     if found.shape != wanted.shape:
         return Mismatch(name, f"shape {found.shape} in the file, {wanted.shape} in the artifact")
     differing = found.view(np.uint32) != wanted.view(np.uint32)
     count = int(np.count_nonzero(differing))
     if count:
         first = tuple(int(index) for index in np.unravel_index(int(differing.argmax()), differing.shape))
-        return Mismatch(name, "the file's weights are not the artifact's", count, first)
-    if name in artifact.grids and tensor_sha256(torch.from_numpy(found)) != artifact.forward_sha256.get(name):
+        rounded = " rounded to fp16" if half else ""
+        return Mismatch(name, f"the file's weights are not the artifact's{rounded}", count, first)
+    if name in artifact.grids and tensor_sha256(torch.from_numpy(hashed)) != artifact.forward_sha256.get(name):
         return Mismatch(name, "file and artifact agree, but the trainer's forward used other weights")
     return None
 
@@ -114,23 +124,37 @@ def verify(run: Path, file: Path, on_progress: OnProgress | None = None) -> Veri
     exporter = exporter_for(file)
     decoded = exporter.read(file)
     names = [*artifact.grids, *artifact.kept]
-    mismatches = []
+    only_half = exporter.only_half(artifact)
+    mismatches: list[Mismatch] = []
+    half: dict[str, Rounding] = {}
+    products = Rounding() if exporter.FP16_RUNTIMES else None
     for done, name in enumerate(names, start=1):
-        mismatch = _compare(artifact, decoded, name)
+        if name in only_half:
+            half[name] = Rounding.of(artifact.weight(name).numpy())
+        if name in decoded:
+            found = np.ascontiguousarray(decoded[name])
+            mismatch = _compare(artifact, name, found, name in only_half)
+            if products is not None and name not in only_half:
+                products += Rounding.of(found)
+        else:
+            mismatch = Mismatch(name, "missing in the file")
         if mismatch is not None:
             mismatches.append(mismatch)
         if on_progress is not None:
             on_progress(done, len(names))
     wrong = {mismatch.name for mismatch in mismatches}
     mismatches += [Mismatch(name, "not in the artifact") for name in decoded if name not in set(names)]
+    quantized, kept = artifact.grids.keys() - only_half, set(artifact.kept) - only_half
     return VerifyResult(
-        quantized=len(artifact.grids),
-        exact=len(artifact.grids.keys() - wrong),
-        kept=len(artifact.kept),
-        kept_exact=len(set(artifact.kept) - wrong),
+        quantized=len(quantized),
+        exact=len(quantized - wrong),
+        kept=len(kept),
+        kept_exact=len(kept - wrong),
         run_hash=artifact.run_hash,
         file_run_hash=exporter.run_hash(file),
         mismatches=mismatches,
+        half=half,
+        products=products,
     )
 
 
@@ -216,9 +240,29 @@ def _say(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def _print_rounding(console: Console, result: VerifyResult) -> None:
+    """Tell what the format, and what runtimes that compute in fp16, take from the exact values."""
+    if result.half:
+        wrong = {mismatch.name for mismatch in result.mismatches}
+        equal = len(result.half.keys() - wrong)
+        _say(console, f"held in fp16 only: {equal} of {len(result.half)} tensors are the nearest fp16 values")
+        total = sum(result.half.values(), Rounding())
+        large = [name for name, rounding in result.half.items() if rounding.values > total.values / 10]
+        for name in large:
+            _say(console, f"  {name}: {result.half[name]}")
+        rest = sum((rounding for name, rounding in result.half.items() if name not in large), Rounding())
+        _say(console, f"  the {len(result.half) - len(large)} small ones: {rest}")
+    if result.products is not None:
+        share = result.products.changed / max(1, result.products.values)
+        said = f"rounds {share:.1%} of them ({result.products})" if share else "keeps every one of them too"
+        _say(console, f"code * scale: exact in float32; a runtime that multiplies in fp16 {said}")
+
+
 def _print_proof(console: Console, result: VerifyResult) -> None:
     _say(console, f"bit-exact: {result.exact} of {result.quantized} tensors", "green" if result.ok else "red")
-    _say(console, f"kept in float32: {result.kept_exact} of {result.kept} tensors equal")
+    if result.kept:
+        _say(console, f"kept in float32: {result.kept_exact} of {result.kept} tensors equal")
+    _print_rounding(console, result)
     for mismatch in result.mismatches[:20]:
         _say(console, f"  {mismatch}", "red")
     if len(result.mismatches) > 20:

@@ -196,11 +196,11 @@ def format_of(path: Path) -> str:
         raise UserError(f"{path} is missing: give an exported file, a run, or a model folder")
     if (path / "artifact.json").is_file() or (path / "artifact" / "artifact.json").is_file():
         return ARTIFACT
+    for name in export.names():
+        if export.get(name).recognizes(path):
+            return name
     if (path / "config.json").is_file():
         return FOLDER
-    for name in export.names():
-        if path.suffix == export.get(name).SUFFIX:
-            return name
     raise UserError(f"{path} is neither an exported file, a run, nor a model folder with a config.json")
 
 

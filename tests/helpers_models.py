@@ -213,19 +213,38 @@ def wild(shape: tuple[int, ...], grid_name: str, generator: torch.Generator) -> 
     return QuantizedTensor(codes, scales.to(torch.float16), grid)
 
 
-def make_artifact(run: Path, case: str, *, extreme: bool = False, **changes: Any) -> Artifact:
-    """Save a case's artifact under ``run``; ``extreme``: with codes and scales no sane model has."""
+def make_artifact(
+    run: Path,
+    case: str,
+    *,
+    extreme: bool = False,
+    linear_grid: str | None = None,
+    grids: dict[str, str] | None = None,
+    **changes: Any,
+) -> Artifact:
+    """Save a case's artifact under ``run``.
+
+    Args:
+        run: The run folder.
+        case: Which of ``MODELS``.
+        extreme: Codes and scales that no sane model has, in linear layers only if ``linear_grid`` is given too.
+        linear_grid: Grid of the linear layers, in place of the plan's.
+        grids: Grids of single tensors, in place of either.
+        changes: To the model's configuration.
+    """
     tiny = MODELS[case]
     model = make_model(case, **changes)
     generator = torch.Generator().manual_seed(1)
     quantized: dict[str, QuantizedTensor] = {}
     kept: dict[str, torch.Tensor] = {}
     parameters = dict(model.named_parameters())
-    for name, grid in make_plan(model, tiny.bits).items():
+    for name, planned in make_plan(model, tiny.bits).items():
         weight = parameters[name].detach()
+        is_linear = ".layers." in name and planned != KEEP
+        grid = (grids or {}).get(name) or (linear_grid if linear_grid and is_linear else planned)
         if grid == KEEP:
             kept[name] = weight
-        elif extreme:
+        elif extreme and (is_linear or linear_grid is None):
             quantized[name] = wild(tuple(weight.shape), grid, generator)
         else:
             quantized[name] = quantize(weight, get_grid(grid))

@@ -137,11 +137,13 @@ def test_gguf_reader_agrees_with_own_header(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize("name", export.names())
-def test_exporters_offer_what_the_protocol_asks(name: str) -> None:
+def test_exporters_offer_what_the_protocol_asks(name: str, tmp_path: Path) -> None:
     exporter = export.get(name)
-    assert exporter.SUFFIX.startswith(".")
     assert exporter.GRIDS
-    assert export.exporter_for(Path(f"x{exporter.SUFFIX}")) is exporter
+    target = tmp_path / f"student{exporter.SUFFIX}"
+    exporter.write(make_artifact(tmp_path, "llama-tied"), target)
+    assert export.exporter_for(target) is exporter
+    assert [other for other in export.names() if export.get(other).recognizes(target)] == [name]
 
 
 @pytest.mark.parametrize("name", SPLITTERS)
