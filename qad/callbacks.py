@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qad import interrupts
 from qad.files import replacing_file
 
 LOG_FILE = "run.jsonl"
@@ -41,6 +42,10 @@ class ProgressBar(TrainerCallback):
         self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, loss="-", rate="-")
         self._started, self._first_step = time.monotonic(), state.global_step
         self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop here if somebody asked to."""
+        interrupts.check()
 
     def on_log(
         self,

@@ -1,5 +1,6 @@
 """The command line: ``qad <verb>``. Each verb loads what it needs when it is called, so that help is instant."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -256,6 +257,9 @@ def doctor(
 
 def main() -> None:
     """Run the command line. A user's error is one message and status 2, an interrupt status 130."""
+    # Where torchao is installed transformers loads it, which warns of CUDA kernels that a CPU build of torch cannot load.
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except KeyboardInterrupt:

@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from qad import interrupts
 from qad.artifact import save_artifact
 from qad.callbacks import JsonLog, ProgressBar
 from qad.data.mix import default_mix
@@ -137,7 +138,12 @@ def _bar(console: Console, what: str, total: int | None) -> Iterator[Any]:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
-        yield lambda done, of=total: progress.update(task, completed=done, total=of)
+
+        def update(done: int, of: int | None = total) -> None:
+            interrupts.check()
+            progress.update(task, completed=done, total=of)
+
+        yield update
 
 
 def prepare_folder(recipe: Recipe, run: Path, resume: bool) -> bool:

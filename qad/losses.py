@@ -37,7 +37,7 @@ class LossSettings:
         temperature: Divides both models' logits; the divergence is multiplied by its square (Hinton et al., 2015).
         next_token_weight: Weight of the plain next-token cross-entropy, which is added.
         chunk_tokens: Rows of logits that a chunk may take in memory, those of both models counted: with a live teacher
-            less than half as many tokens are worked on. Fewer than 128 tokens at a time make the matrix products slower.
+            less than half as many tokens are worked on. Fewer than some 100 tokens at a time make products slower.
     """
 
     kl: str = "forward"

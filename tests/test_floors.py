@@ -17,6 +17,7 @@ FLOORS = {
     "qad": 0,
     "qad.errors": 0,
     "qad.files": 0,
+    "qad.interrupts": 0,
     "qad.grid": 0,
     "qad.architectures": 0,
     "qad.gguf_check": 0,
