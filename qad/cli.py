@@ -257,7 +257,7 @@ def doctor(
 
 def main() -> None:
     """Run the command line. A user's error is one message and status 2, an interrupt status 130."""
-    # Where torchao is installed transformers loads it, which warns of CUDA kernels that a CPU build of torch cannot load.
+    # Where torchao is installed transformers loads it, which warns of CUDA kernels that a CPU torch cannot load.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
