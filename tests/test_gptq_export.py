@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -404,6 +406,30 @@ def test_an_earlier_export_is_replaced_and_nothing_else(fresh: Exported, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         EXPORTER.write(artifact, tmp_path / "file")
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def qad(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qad.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@needs_gptqmodel
+def test_export_and_run_by_command(tmp_path: Path) -> None:
+    make_artifact(tmp_path, "llama-untied", **WIDE)
+    folder = tmp_path / "student-gptq"
+    done = qad("export", tmp_path, "--format", "gptq")
+    assert done.returncode == 0, done.stderr
+    assert str(folder) in done.stdout
+    assert "model.embed_tokens.weight: relative error" in done.stdout
+    assert "norms and biases: relative error" in done.stdout
+    asked = qad("run", folder, "How many apples?", "--new-tokens", "5", "--threads", "1")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.strip()
+    assert "GPT-QModel" not in asked.stdout + asked.stderr
+    assert "tokens/s" in asked.stderr
 
 
 # ------------------------------------------------------------------------------------------------ refusals
