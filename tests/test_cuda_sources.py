@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from qad import divergence as plain
 from qad import native_cuda
 from qad.grid import GRIDS, get_grid
 from qad.native import SOURCES, NativeUnavailable
@@ -258,6 +260,52 @@ def test_emulated_divergence_shows_a_label_out_of_range() -> None:
         keep_logits=True,
     )
     assert nll.isnan().tolist() == [True, False]
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("kind", native_cuda.DIVERGENCES)
+def test_emulated_entries_that_both_models_mask_are_as_if_they_were_not_there(kind: str) -> None:
+    rest = {"kind": kind, "beta": 0.3, "temperature": 2.0, "next_token_weight": 0.25, "keep_logits": False}
+    labels = torch.tensor([5, -100, 0])
+    for padding in (20, 1000):  # a tail and whole chunks
+        student, teacher = logits(3, 80, 1.0, torch.float32)
+        masked, masked_teacher = (F.pad(part, (0, padding), value=-torch.inf) for part in (student, teacher))
+        expected = native_cuda.divergence(student, teacher, labels, **rest)
+        actual = native_cuda.divergence(masked, masked_teacher, labels, **rest)
+        torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(actual[1], expected[1], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(masked[:, :80], student, rtol=1e-5, atol=1e-7)
+        assert not masked[:, 80:].any()
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_divergence_of_what_one_model_rules_out() -> None:
+    """Infinite where the definition says so, finite where it does not."""
+    full, holed = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, -torch.inf, 2.0]])
+    rest = {"beta": 0.5, "temperature": 1.0, "next_token_weight": 0.3, "keep_logits": False}
+    for kind, student, teacher in [
+        (kind, *pair) for kind in native_cuda.DIVERGENCES for pair in ((holed, full), (full, holed))
+    ]:
+        expected, actual = student.clone(), student.clone()
+        value, _ = plain.divergence(expected, teacher, torch.tensor([0]), kind=kind, **rest)
+        got, nll = native_cuda.divergence(actual, teacher, torch.tensor([0]), kind=kind, **rest)
+        torch.testing.assert_close(got, value, rtol=1e-6, atol=0.0)
+        assert bool(torch.isfinite(nll).all())
+        if bool(torch.isfinite(value)):
+            torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("kind", native_cuda.DIVERGENCES)
+def test_emulated_nan_spreads_over_its_row_and_no_further(kind: str) -> None:
+    rest = {"kind": kind, "beta": 0.5, "temperature": 1.0, "next_token_weight": 0.0, "keep_logits": False}
+    for damaged in (0, 1):
+        pair = logits(3, 50, 1.0, torch.float32)
+        pair[damaged][1, 33] = torch.nan
+        value, _ = native_cuda.divergence(*pair, None, **rest)
+        assert value.isnan().tolist() == [False, True, False]
+        assert pair[0].isnan().all(dim=1).tolist() == [False, True, False]
+        assert pair[0].isnan().any(dim=1).tolist() == [False, True, False]
 
 
 def test_bits_tell_zeros_apart() -> None:

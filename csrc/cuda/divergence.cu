@@ -11,6 +11,9 @@
  *
  * The gradient of T^2 x divergence by the student's logits is T (q - p) for the forward divergence, T q (f' - sum q f')
  * for one whose derivative by q is f'.
+ *
+ * Minus infinity is a probability of 0; where the divergence itself is infinite so is the value, and the gradient may
+ * hold NaN. A NaN spreads over its row.
  */
 #include "elements.cuh"
 
@@ -160,9 +163,13 @@ QAD_DEVICE Split split(double value) {
 /* (a - b) x factor - offset, rounded about once: logits of 30 that differ by 1 would else lose the last digits. */
 QAD_DEVICE float difference(float a, float b, float factor, Split offset) {
     const float high = a - b, back = high - a;
-    const float low = (a - (high - back)) - (b + back);
+    /* Where one is infinite the difference is, and leaves no digits. */
+    const float low = fabsf(high) <= -LOWEST ? (a - (high - back)) - (b + back) : 0.0f;
     return fmaf(high, factor, -offset.high) + fmaf(low, factor, -offset.low);
 }
+
+/* 0 where a probability is 0, whatever it is multiplied with. */
+QAD_DEVICE float weighted(float probability, float x) { return probability == 0.0f ? 0.0f : probability * x; }
 
 /* p (e^-d - 1 + d) for d = log p - log q. */
 QAD_DEVICE float forward_term(float p, float q, float d) {
@@ -179,7 +186,7 @@ QAD_DEVICE float forward_term(float p, float q, float d) {
         return p * (d * d * series);
     }
     /* Where e^-d grows large, p e^-d = q says the same without an overflow. */
-    return d < -4.0f ? q - p + p * d : p * (expm1f(-d) + d);
+    return d < -4.0f || p == 0.0f ? q - p + weighted(p, d) : p * (expm1f(-d) + d);
 }
 
 /* (1 + w) log(1 + w) - w for w within (-1/2, 2/3): with z = w / (2 + w), log(1 + w) = 2 (z + z^3 / 3 + z^5 / 5 + ...) */
@@ -203,7 +210,7 @@ QAD_DEVICE float log_mixture(float d, float beta) {
 QAD_DEVICE float mixture_term(float p, float q, float d, float h, float beta) {
     if (fabsf(d) < 0.5f) return beta * forward_term(p, q, d) - q * entropy_term(beta * expm1f(d));
     const float log_p_over_m = d > 0.0f ? -log1pf((1.0f - beta) * expm1f(-d)) : d - h;
-    return beta * p * log_p_over_m - (1.0f - beta) * q * h;
+    return beta * weighted(p, log_p_over_m) - (1.0f - beta) * weighted(q, h);
 }
 
 template <class Type, int KIND> QAD_DEVICE void divergence(const RowArguments &arguments) {
@@ -272,7 +279,7 @@ template <class Type, int KIND> QAD_DEVICE void divergence(const RowArguments &a
                 } else {
                     const float h = log_mixture(d, beta);
                     terms[i] = mixture_term(p, q, d, h, beta);
-                    q_terms[i] = q * -h;
+                    q_terms[i] = weighted(q, -h);
                 }
             }
             value += (terms[0] + terms[1]) + (terms[2] + terms[3]);
@@ -299,7 +306,7 @@ template <class Type, int KIND> QAD_DEVICE void divergence(const RowArguments &a
                     } else {
                         ratio = difference(s[i], t[i], coldness, to_ratio);
                     }
-                    float gradient = factor * (q * ratio);
+                    float gradient = factor * weighted(q, ratio);
                     if (weight != 0.0f) gradient += next_token(s[i], four.first + (int64_t)i * four.step);
                     s[i] = gradient;
                 }
