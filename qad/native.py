@@ -124,8 +124,11 @@ def find_compiler() -> list[str]:
     Raises:
         NativeUnavailable: There is none.
     """
-    if chosen := os.environ.get("CXX"):
-        return shlex.split(chosen)
+    if chosen := os.environ.get("CXX", "").strip():
+        try:
+            return shlex.split(chosen)
+        except ValueError as error:
+            raise NativeUnavailable(f"CXX is no command of a shell: {chosen} ({error})") from None
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return [path]
@@ -139,7 +142,9 @@ def _run(commands: Sequence[list[str]]) -> None:
         NativeUnavailable: One failed.
     """
     try:
-        running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+        running = [
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") for command in commands
+        ]
     except OSError as error:
         raise NativeUnavailable(f"the C++ compiler cannot be run: {error}; CXX can name another") from None
     failures = [
@@ -184,7 +189,23 @@ def build(
         )
         linked = Path(folder) / target.name
         _run([[*command, *flags, "-shared", "-pthread", "-o", str(linked), *objects]])
+        _seal(linked)
         linked.replace(target)
+
+
+def _seal(library: Path) -> None:
+    """Append the hash of a library to it, which loaders do not mind."""
+    with library.open("r+b") as file:
+        file.write(hashlib.sha256(file.read()).digest())
+
+
+def _is_whole(library: Path) -> bool:
+    """Return whether a library is as it was built. To load one that is not may end the process without a word."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
 def cache_folder() -> Path:
@@ -213,7 +234,8 @@ def library_path(compiler: Sequence[str], sets: Sequence[str] | None = None) -> 
     for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("cpu/*")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        asked = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
+        version = asked.stdout
     except OSError as error:
         raise NativeUnavailable(
             f"the C++ compiler {shlex.join(compiler)} cannot be run: {error}; CXX can name another"
@@ -282,7 +304,7 @@ def _load(sets: tuple[str, ...] | None = None) -> ctypes.CDLL | str:
     try:
         compiler = find_compiler()
         path = library_path(compiler, sets)
-        if not path.exists():
+        if not _is_whole(path):
             build(path, compiler, sets=instruction_sets()[-1:] if sets is None else sets)
         return _bind(path)
     except NativeUnavailable as error:

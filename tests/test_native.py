@@ -726,14 +726,50 @@ def test_a_cache_folder_that_cannot_be_written(fresh: Path, monkeypatch: pytest.
     assert re.search(rf"the cache folder is {fresh}/file/qad, and XDG_CACHE_HOME can name another", reason)
 
 
-def test_a_library_that_is_not_whole(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_library
+@pytest.mark.parametrize("kept", [0, 4, 20000])
+def test_a_library_that_is_not_whole_is_built_again(tmp_path: Path, kept: int) -> None:
+    # As a machine leaves it that loses its power. In a process of its own: to load such a library can end it.
+    library = built_library()
+    compiler = script(tmp_path / "c++", QUICK_COMPILER.format(log=tmp_path / "log", library=library))
+    program = "from qad import native; print(native.available(), native.library_path(native.find_compiler()))"
+    for attempt in range(2):
+        done = run_python(program, CXX=compiler, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        reason, path = done.stdout.split()
+        assert reason == "None"
+        if attempt == 0:
+            Path(path).write_bytes(library.read_bytes()[:kept])
+    assert (tmp_path / "log").read_text().count("-shared ") == 2
+
+
+def test_a_compiler_that_makes_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", script(fresh / "c++", "exit 0"))
-    path = built_library()
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"\x7fELF")
     reason = native.available()
     assert reason is not None
-    assert str(path) in reason
+    assert re.search(r"libqad\.so.*; the cache folder is .*, and XDG_CACHE_HOME can name another", reason)
+
+
+@pytest.mark.parametrize("command", ["g++ '", "g++ \\"])
+def test_a_command_that_no_shell_understands(fresh: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("CXX", command)
+    reason = native.available()
+    assert reason is not None
+    assert f"CXX is no command of a shell: {command} (" in reason
+
+
+def test_a_compiler_that_speaks_another_encoding(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (
+        'printf "compil\\351 \\n"',
+        'case "$*" in *--version*) exit 0 ;; esac',
+        'printf "\\351chec\\n" >&2',
+        "exit 1",
+    )
+    monkeypatch.setenv("CXX", script(fresh / "c++", *lines))
+    reason = native.available()
+    assert reason is not None
+    assert "do not compile; CXX can name another" in reason
+    assert "\ufffdchec" in reason
 
 
 def test_a_library_of_another_version_is_refused(fresh: Path) -> None:
@@ -746,6 +782,7 @@ def test_a_library_of_another_version_is_refused(fresh: Path) -> None:
     path = native.library_path(compiler)
     path.parent.mkdir(parents=True)
     subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    native._seal(path)
     reason = native.available()
     assert reason is not None
     assert re.search(rf"{path} speaks version {native.API_VERSION + 1} .*, not {native.API_VERSION}", reason)
