@@ -144,7 +144,7 @@ def _noise_of(mode: str, hard_share: float, seed: int, tensor: int, step: int) -
 def fake_quantize_op(
     master: Tensor, scales: Tensor | None, grid: str, noise: str, hard_share: float, seed: int, tensor: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights that forward uses, and the rounded scales that they are on.
+    """Return the weights that forward uses, and the rounded scales that they are on, which have no gradient.
 
     Args:
         master: Weights [N, K]; float32, bfloat16 or float16, which the result has too.
@@ -211,6 +211,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     master, scales, *ctx.settings = inputs
     # Nothing of the forward is kept: backward finds scales, codes and noise anew from the masters.
     ctx.save_for_backward(master, scales)
+    # Rounding has no gradient of its own: nobody shall take the rounded scales for a way to those that are learned.
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 

@@ -86,6 +86,12 @@ def test_no_gradient_flows_to_absmax_scales() -> None:
     assert torch.equal(used, absmax_scales(weight.detach(), get_grid("q8_0")))
 
 
+def test_rounded_scales_have_no_gradient() -> None:
+    weight, scales = case("q4_0")
+    out, used = torch.ops.qad.fake_quantize(weight, scales.requires_grad_(), "q4_0", "none", 0.0, 0, 0, 0)
+    assert (out.requires_grad, used.requires_grad) == (True, False)
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_compiles_into_one_graph(given: bool) -> None:
     weight, scales = case("q4_0")
