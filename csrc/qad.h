@@ -87,7 +87,8 @@ int64_t qad_fake_quantize_backward(void *grad, int grad_dtype, const void *weigh
 int64_t qad_quantize(const void *weights, int weights_dtype, const float *scales, int8_t *codes, uint16_t *out_scales,
                      int64_t blocks, const qad_grid *grid, int threads);
 
-/* The weights that a device decodes: code x scale. */
+/* The weights that a device decodes: code x scale. An infinite scale, which qad_quantize stores nowhere, gives infinities,
+ * and where the code is 0 some NaN. */
 void qad_dequantize(const int8_t *codes, const uint16_t *scales, void *out, int out_dtype, int64_t blocks,
                     const qad_grid *grid, int threads);
 
@@ -112,7 +113,7 @@ void qad_uniform16(float *out, int64_t count, uint32_t seed_low, uint32_t seed_h
  * student, teacher: logits [tokens, vocabulary], rows student_stride and teacher_stride floats apart. The student's are
  *     overwritten with the gradient of (temperature^2 x divergence + next_token_weight x nll) by themselves; null
  *     gradient wanted: keep_logits = 1 leaves them as they are.
- * labels: next token of each, or negative for none.
+ * labels: null, or the next token of each, negative for none.
  * divergence, nll: receive one double per token: the divergence at that temperature (not multiplied by its square) and
  *     the next-token cross-entropy (0 without a label).
  */

@@ -536,7 +536,7 @@ def uniform16(count: int, *, seed: int, tensor: int, step: int, stream: int = 0)
 def divergence(
     student_TV: Tensor,
     teacher_TV: Tensor,
-    labels_T: Tensor,
+    labels_T: Tensor | None,
     *,
     kind: str,
     beta: float,
@@ -548,7 +548,7 @@ def divergence(
 
     Args:
         student_TV, teacher_TV: float32 logits; rows may lie apart, a row's entries may not.
-        labels_T: int64 next tokens, negative for none.
+        labels_T: int64 next tokens, negative for none; None: none at all.
         kind: One of ``DIVERGENCES``.
         beta, temperature, next_token_weight: See ``qad.losses.LossSettings``.
         keep_logits: Leave the student's logits as they are.

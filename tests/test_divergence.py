@@ -249,6 +249,19 @@ def kernels_or_skip() -> None:
         pytest.skip(reason)
 
 
+def test_no_labels_at_all() -> None:
+    if reason := native.available():
+        pytest.skip(reason)
+    student, teacher, labels = example(4, 50)
+    rest = {"kind": "jsd", "beta": 0.5, "temperature": 2.0, "next_token_weight": 0.3, "keep_logits": False}
+    expected = student.clone()
+    value, nll = native.divergence(expected, teacher, torch.full_like(labels, -100), **rest)
+    got = native.divergence(student, teacher, None, **rest)
+    assert torch.equal(got[0], value)
+    assert torch.equal(got[1], nll)
+    assert torch.equal(student, expected)
+
+
 def test_a_label_outside_the_vocabulary_is_seen() -> None:
     kernels_or_skip()
     student, teacher, _ = example(2, 9)

@@ -358,7 +358,7 @@ void write_gradient(const Row &row, const NextToken &next, const float *student,
 template <int kind> void divergence_row(const qad_divergence_job &job, int64_t token) {
     float *student = job.student + token * job.student_stride;
     const float *teacher = job.teacher + token * job.teacher_stride;
-    const int64_t count = job.vocabulary, label = job.labels[token];
+    const int64_t count = job.vocabulary, label = job.labels ? job.labels[token] : -1;
     const bool labelled = label >= 0, known = labelled && label < count;
     /* A label outside the vocabulary is the caller's error; NaN shows it. */
     const float at_label = known ? student[label] : NAN, teacher_at_label = known ? teacher[label] : NAN;
