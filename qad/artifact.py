@@ -9,6 +9,7 @@
 saved. A decoder that reproduces it has reproduced the training weights, whatever stands in between.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -67,10 +68,15 @@ class Artifact:
         """The safetensors file."""
         return self.folder / "weights.safetensors"
 
+    @functools.cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all that is stored, read once: opening the file takes a millisecond, and exporters ask often."""
+        with safe_open(self.weights_file, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
-        with safe_open(self.weights_file, framework="pt") as file:
-            return tuple(file.get_slice(f"{name}.codes" if name in self.grids else name).get_shape())
+        return self._shapes[f"{name}.codes" if name in self.grids else name]
 
     def quantized(self, name: str) -> QuantizedTensor:
         """Return one quantized tensor."""

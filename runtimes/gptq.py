@@ -40,7 +40,7 @@ def available() -> str | None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Undo what a library does to its process: importing GPTQModel shows a banner, sets variables and takes the log."""
-    variables, handlers = dict(os.environ), list(logging.root.handlers)
+    variables, handlers, level = dict(os.environ), list(logging.root.handlers), logging.root.level
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -50,6 +50,7 @@ def _quiet() -> Iterator[None]:
             del os.environ[name]
         os.environ.update(variables)
         logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
 
 
 def load(path: Path, device: str = "cpu") -> Any:
