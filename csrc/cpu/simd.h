@@ -36,7 +36,6 @@ typedef __mmask16 M;
 QAD_INLINE F load(const float *p) { return _mm512_loadu_ps(p); }
 QAD_INLINE void store(float *p, F a) { _mm512_storeu_ps(p, a); }
 QAD_INLINE U load_words(const uint32_t *p) { return _mm512_loadu_si512(p); }
-QAD_INLINE void store_words(uint32_t *p, U a) { _mm512_storeu_si512(p, a); }
 QAD_INLINE F set(float a) { return _mm512_set1_ps(a); }
 QAD_INLINE U set_words(uint32_t a) { return _mm512_set1_epi32((int)a); }
 QAD_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -50,7 +49,6 @@ QAD_INLINE F min_of(F a, F b) { return _mm512_min_ps(a, b); }
 QAD_INLINE U bits_of(F a) { return _mm512_castps_si512(a); }
 QAD_INLINE F float_of(U a) { return _mm512_castsi512_ps(a); }
 QAD_INLINE F convert(U a) { return _mm512_cvtepi32_ps(a); }
-QAD_INLINE U convert_to_int(F a) { return _mm512_cvtps_epi32(a); }
 QAD_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
 QAD_INLINE U bit_or(U a, U b) { return _mm512_or_si512(a, b); }
 QAD_INLINE U bit_xor(U a, U b) { return _mm512_xor_si512(a, b); }
@@ -59,7 +57,6 @@ QAD_INLINE U shift_left(U a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si1
 QAD_INLINE U shift_right(U a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 QAD_INLINE U rotate_left_1(U a) { return _mm512_rol_epi32(a, 1); }
 QAD_INLINE U max_words(U a, U b) { return _mm512_max_epu32(a, b); }
-QAD_INLINE U min_words(U a, U b) { return _mm512_min_epu32(a, b); }
 QAD_INLINE M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 QAD_INLINE M less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 QAD_INLINE M both(M a, M b) { return (M)(a & b); }
@@ -124,7 +121,6 @@ typedef __m256 M;
 QAD_INLINE F load(const float *p) { return _mm256_loadu_ps(p); }
 QAD_INLINE void store(float *p, F a) { _mm256_storeu_ps(p, a); }
 QAD_INLINE U load_words(const uint32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-QAD_INLINE void store_words(uint32_t *p, U a) { _mm256_storeu_si256((__m256i *)p, a); }
 QAD_INLINE F set(float a) { return _mm256_set1_ps(a); }
 QAD_INLINE U set_words(uint32_t a) { return _mm256_set1_epi32((int)a); }
 QAD_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -138,7 +134,6 @@ QAD_INLINE F min_of(F a, F b) { return _mm256_min_ps(a, b); }
 QAD_INLINE U bits_of(F a) { return _mm256_castps_si256(a); }
 QAD_INLINE F float_of(U a) { return _mm256_castsi256_ps(a); }
 QAD_INLINE F convert(U a) { return _mm256_cvtepi32_ps(a); }
-QAD_INLINE U convert_to_int(F a) { return _mm256_cvtps_epi32(a); }
 QAD_INLINE U bit_and(U a, U b) { return _mm256_and_si256(a, b); }
 QAD_INLINE U bit_or(U a, U b) { return _mm256_or_si256(a, b); }
 QAD_INLINE U bit_xor(U a, U b) { return _mm256_xor_si256(a, b); }
@@ -147,7 +142,6 @@ QAD_INLINE U shift_left(U a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si1
 QAD_INLINE U shift_right(U a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 QAD_INLINE U rotate_left_1(U a) { return _mm256_or_si256(_mm256_add_epi32(a, a), _mm256_srli_epi32(a, 31)); }
 QAD_INLINE U max_words(U a, U b) { return _mm256_max_epu32(a, b); }
-QAD_INLINE U min_words(U a, U b) { return _mm256_min_epu32(a, b); }
 QAD_INLINE M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 QAD_INLINE M less_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
 QAD_INLINE M both(M a, M b) { return _mm256_and_ps(a, b); }
@@ -211,7 +205,6 @@ typedef uint32x4_t M;
 QAD_INLINE F load(const float *p) { return vld1q_f32(p); }
 QAD_INLINE void store(float *p, F a) { vst1q_f32(p, a); }
 QAD_INLINE U load_words(const uint32_t *p) { return vld1q_u32(p); }
-QAD_INLINE void store_words(uint32_t *p, U a) { vst1q_u32(p, a); }
 QAD_INLINE F set(float a) { return vdupq_n_f32(a); }
 QAD_INLINE U set_words(uint32_t a) { return vdupq_n_u32(a); }
 QAD_INLINE F add(F a, F b) { return vaddq_f32(a, b); }
@@ -225,7 +218,6 @@ QAD_INLINE F min_of(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 QAD_INLINE U bits_of(F a) { return vreinterpretq_u32_f32(a); }
 QAD_INLINE F float_of(U a) { return vreinterpretq_f32_u32(a); }
 QAD_INLINE F convert(U a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
-QAD_INLINE U convert_to_int(F a) { return vreinterpretq_u32_s32(vcvtnq_s32_f32(a)); }
 QAD_INLINE U bit_and(U a, U b) { return vandq_u32(a, b); }
 QAD_INLINE U bit_or(U a, U b) { return vorrq_u32(a, b); }
 QAD_INLINE U bit_xor(U a, U b) { return veorq_u32(a, b); }
@@ -234,7 +226,6 @@ QAD_INLINE U shift_left(U a, int n) { return vshlq_u32(a, vdupq_n_s32(n)); }
 QAD_INLINE U shift_right(U a, int n) { return vshlq_u32(a, vdupq_n_s32(-n)); }
 QAD_INLINE U rotate_left_1(U a) { return vorrq_u32(vaddq_u32(a, a), vshrq_n_u32(a, 31)); }
 QAD_INLINE U max_words(U a, U b) { return vmaxq_u32(a, b); }
-QAD_INLINE U min_words(U a, U b) { return vminq_u32(a, b); }
 QAD_INLINE M less(F a, F b) { return vcltq_f32(a, b); }
 QAD_INLINE M less_equal(F a, F b) { return vcleq_f32(a, b); }
 QAD_INLINE M both(M a, M b) { return vandq_u32(a, b); }
@@ -290,7 +281,6 @@ typedef U M;
 QAD_INLINE F load(const float *p) { F r; memcpy(&r, p, sizeof r); return r; }
 QAD_INLINE void store(float *p, F a) { memcpy(p, &a, sizeof a); }
 QAD_INLINE U load_words(const uint32_t *p) { U r; memcpy(&r, p, sizeof r); return r; }
-QAD_INLINE void store_words(uint32_t *p, U a) { memcpy(p, &a, sizeof a); }
 QAD_INLINE F set(float a) { return F{a, a, a, a}; }
 QAD_INLINE U set_words(uint32_t a) { return U{a, a, a, a}; }
 QAD_INLINE U bits_of(F a) { return (U)a; }
@@ -312,11 +302,6 @@ QAD_INLINE F floor_of(F a) {
 QAD_INLINE F max_of(F a, F b) { return choose((U)(a > b), a, b); }
 QAD_INLINE F min_of(F a, F b) { return choose((U)(a < b), a, b); }
 QAD_INLINE F convert(U a) { return __builtin_convertvector((Signed)a, F); }
-/* Half to even, for magnitudes below 2^22. */
-QAD_INLINE U convert_to_int(F a) {
-    const F magic = set(12582912.0f);
-    return (U)__builtin_convertvector((a + magic) - magic, Signed);
-}
 QAD_INLINE U bit_and(U a, U b) { return a & b; }
 QAD_INLINE U bit_or(U a, U b) { return a | b; }
 QAD_INLINE U bit_xor(U a, U b) { return a ^ b; }
@@ -325,7 +310,6 @@ QAD_INLINE U shift_left(U a, int n) { return a << n; }
 QAD_INLINE U shift_right(U a, int n) { return a >> n; }
 QAD_INLINE U rotate_left_1(U a) { return (a << 1) | (a >> 31); }
 QAD_INLINE U max_words(U a, U b) { return choose_words((U)(a > b), a, b); }
-QAD_INLINE U min_words(U a, U b) { return choose_words((U)(a < b), a, b); }
 QAD_INLINE M less(F a, F b) { return (U)(a < b); }
 QAD_INLINE M less_equal(F a, F b) { return (U)(a <= b); }
 QAD_INLINE M both(M a, M b) { return a & b; }
