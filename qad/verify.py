@@ -121,6 +121,8 @@ def verify(run: Path, file: Path, on_progress: OnProgress | None = None) -> Veri
         UserError: No artifact there, or the file is missing, damaged or of an unknown format.
     """
     artifact = open_artifact(run)
+    if not file.exists():
+        raise UserError(f"{file} is missing: export the run first (qad export), or check the path")
     exporter = exporter_for(file)
     decoded = exporter.read(file)
     names = [*artifact.grids, *artifact.kept]

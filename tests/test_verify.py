@@ -166,9 +166,10 @@ def test_bad_arguments(exported: Callable[..., tuple[Path, Path]], tmp_path: Pat
     with pytest.raises(UserError, match="no artifact"):
         verify(tmp_path / "none", file)
     with pytest.raises(UserError, match="known endings"):
-        verify(run, run / "model.bin")
-    with pytest.raises(UserError, match="missing"):
-        verify(run, run / "none.gguf")
+        verify(run, run / "artifact" / "weights.safetensors")
+    for missing in ("none.gguf", "none"):  # a folder format has no ending to go by
+        with pytest.raises(UserError, match=f"{missing} is missing"):
+            verify(run, run / missing)
     with pytest.raises(UserError, match="--text"):
         verify_command(run, file, text=tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
