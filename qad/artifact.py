@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -27,10 +26,12 @@ from qad.errors import UserError
 from qad.files import recover_folder, replacing_folder, sha256_of_file
 from qad.grid import get_grid
 from qad.tensor import QuantizedTensor, dequantize
+from qad.tensor_file import Entry, TensorFile
 
 FOLDER = "artifact"
+WEIGHTS = "weights.safetensors"
 _FORMAT = 1
-_KEYS = {"grids", "kept", "tied_head", "forward_sha256", "recipe", "run_hash"}
+_KEYS = {"grids": dict, "kept": list, "tied_head": bool, "forward_sha256": dict, "recipe": dict, "run_hash": str}
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -66,31 +67,29 @@ class Artifact:
     @property
     def weights_file(self) -> Path:
         """The safetensors file."""
-        return self.folder / "weights.safetensors"
+        return self.folder / WEIGHTS
 
     @functools.cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all that is stored, read once: opening the file takes a millisecond, and exporters ask often."""
-        with safe_open(self.weights_file, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    def _file(self) -> TensorFile:
+        return TensorFile(self.weights_file)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
-        return self._shapes[f"{name}.codes" if name in self.grids else name]
+        return self._file.entries[f"{name}.codes" if name in self.grids else name].shape
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """Return one quantized tensor."""
-        with safe_open(self.weights_file, framework="pt") as file:
-            return QuantizedTensor(
-                file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), get_grid(self.grids[name])
-            )
+        """Return one quantized tensor: views of the mapped file, not to be written to, that read it when used."""
+        self._file.give_back()
+        return QuantizedTensor(
+            self._file.tensor(f"{name}.codes"), self._file.tensor(f"{name}.scales"), get_grid(self.grids[name])
+        )
 
     def weight(self, name: str) -> Tensor:
-        """Return one tensor as the float32 values that the student computes with."""
+        """Return one tensor as the float32 values that the student computes with, in memory of its own."""
         if name in self.grids:
             return dequantize(self.quantized(name))
-        with safe_open(self.weights_file, framework="pt") as file:
-            return file.get_tensor(name)
+        self._file.give_back()
+        return self._file.tensor(name).clone()
 
 
 def _hash(description: Mapping[str, Any], folder: Path) -> str:
@@ -131,12 +130,45 @@ def save_artifact(
         "recipe": dict(recipe),
     }
     with replacing_folder(run / FOLDER) as folder:
-        save_file(tensors, folder / "weights.safetensors")
+        save_file(tensors, folder / WEIGHTS)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         description["run_hash"] = _hash(description, folder)
         (folder / "artifact.json").write_text(json.dumps(description, indent=1))
     return open_artifact(run)
+
+
+def _check_description(description: dict[str, Any], folder: Path) -> None:
+    """Check that a description says all it should, in the types it should.
+
+    Raises:
+        UserError: It does not, or is of another version.
+    """
+    if description.get("format") != _FORMAT:
+        raise UserError(f"{folder} has artifact format {description.get('format')}; this qad reads format {_FORMAT}")
+    if missing := sorted(_KEYS.keys() - description.keys()):
+        raise UserError(f"the artifact in {folder} is damaged ({', '.join(missing)} missing); train or copy it again")
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(description[key], kind)]
+    if not wrong:
+        named = {"kept": description["kept"]} | {k: description[k].values() for k in ("grids", "forward_sha256")}
+        wrong = [key for key, values in named.items() if not all(isinstance(value, str) for value in values)]
+    if wrong:
+        reason = f"{', '.join(wrong)} of a wrong type"
+        raise UserError(f"the artifact in {folder} is damaged ({reason}); train or copy it again")
+
+
+def _check_tensors(description: dict[str, Any], entries: Mapping[str, Entry]) -> str | None:
+    """Return what is wrong with the stored tensors, None if they are what the description says."""
+    for name, grid_name in description["grids"].items():
+        grid = get_grid(grid_name)
+        codes, scales = entries[f"{name}.codes"], entries[f"{name}.scales"]
+        if (codes.dtype, scales.dtype, len(codes.shape)) != ("I8", "F16", 2):
+            return f"{name} is stored as {codes.dtype} {codes.shape} and {scales.dtype}"
+        rows, columns = codes.shape
+        if columns % grid.block or scales.shape != (rows, columns // grid.block):
+            return f"{name} has {codes.shape} codes and {scales.shape} scales"
+    wrong = [name for name in description["kept"] if entries[name].dtype != "F32"]
+    return f"{wrong[0]} is stored as {entries[wrong[0]].dtype}" if wrong else None
 
 
 def open_artifact(run: Path) -> Artifact:
@@ -150,24 +182,26 @@ def open_artifact(run: Path) -> Artifact:
     if not (folder / "artifact.json").is_file():
         reason = "the run is unfinished: continue it with --resume" if (run / "recipe.json").exists() else "no such run"
         raise UserError(f"{run} holds no artifact ({reason}); `qad train -o {run}` makes one")
+    remedy = "train or copy it again"
     try:
         description = json.loads((folder / "artifact.json").read_text())
         config = json.loads((folder / "config.json").read_text())
-        with safe_open(folder / "weights.safetensors", framework="pt") as file:
-            present = set(file.keys())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the artifact in {folder} is damaged ({error}); train or copy it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"the artifact in {folder} is damaged ({error}); {remedy}") from error
     for file_name, content in (("artifact.json", description), ("config.json", config)):
         if not isinstance(content, dict):
-            raise UserError(f"the artifact in {folder} is damaged ({file_name} is no object); train or copy it again")
-    if description.get("format") != _FORMAT:
-        raise UserError(f"{folder} has artifact format {description.get('format')}; this qad reads format {_FORMAT}")
-    if missing := sorted(_KEYS - description.keys()):
-        raise UserError(f"the artifact in {folder} is damaged ({', '.join(missing)} missing); train or copy it again")
+            raise UserError(f"the artifact in {folder} is damaged ({file_name} is no object); {remedy}")
+    _check_description(description, folder)
+    try:
+        entries = TensorFile(folder / WEIGHTS).entries
+    except UserError as error:
+        raise UserError(f"the artifact in {folder} is damaged ({error}); {remedy}") from error
     wanted = {f"{name}.{part}" for name in description["grids"] for part in ("codes", "scales")}
     wanted |= set(description["kept"])
-    if wanted - present:
-        raise UserError(f"the artifact in {folder} lacks {sorted(wanted - present)[:3]}; train or copy it again")
+    if wanted - entries.keys():
+        raise UserError(f"the artifact in {folder} lacks {sorted(wanted - entries.keys())[:3]}; {remedy}")
+    if wrong := _check_tensors(description, entries):
+        raise UserError(f"the artifact in {folder} is damaged ({wrong}); {remedy}")
     return Artifact(
         folder=folder,
         config=config,

@@ -25,6 +25,7 @@ FLOORS = {
     "qad.csrc": 0,
     # F1: numbers
     "qad.tensor": 1,
+    "qad.tensor_file": 1,
     "qad.noise": 1,
     "qad.native": 1,
     "qad.native_cuda": 1,
