@@ -1,7 +1,7 @@
 """GGUF: the codes and scales of an artifact as ggml blocks, nothing rounded again.
 
-gguf's writer lays out header and metadata. The blocks follow one tensor after another, so that memory holds one tensor
-and its packed form whatever the model's size. The file appears under its name when it is complete.
+gguf's writer lays out header and metadata. The blocks follow, some rows of a tensor after others, so that memory holds
+little whatever the model's size. The file appears under its name when it is complete.
 
 Reading back is left to gguf-py's own decoder, which shares no code with the packing here.
 
@@ -10,13 +10,13 @@ Shapes: N output features, K input features, H heads.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,11 +24,12 @@ from qad.architectures import Architecture, architecture_of_gguf, get_architectu
 from qad.artifact import Artifact
 from qad.errors import UserError
 from qad.export import OnProgress, Rounding, Weights, _gguf_metadata, check_grids, get
+from qad.export._gguf_writer import MetadataWriter, collector_paused
 from qad.files import replacing_file
 from qad.gguf_check import read_header
 from qad.grid import get_grid
-from qad.pack import gguf_block_bytes, pack_gguf
-from qad.tensor import QuantizedTensor
+from qad.layout import map_rows, pack, row_chunks
+from qad.pack import gguf_block_bytes
 
 SUFFIX = ".gguf"
 GRIDS = ("q4_0", "q8_0")
@@ -84,16 +85,17 @@ def _stored_bytes(artifact: Artifact, name: str) -> tuple[tuple[int, ...], int]:
     return shape, math.prod(shape) // grid.block * gguf_block_bytes(grid)
 
 
-def _pack(artifact: Artifact, name: str, heads: int) -> NDArray[Any]:
-    """Return a tensor's bytes as the file stores them: ready blocks, or float32."""
+def _stored(artifact: Artifact, name: str, heads: int) -> Iterator[NDArray[Any]]:
+    """Yield a tensor's bytes as the file stores them, some rows at a time: ready blocks, or float32."""
     if name not in artifact.grids:
         kept = artifact.weight(name)
-        return (_permute_rows(kept, heads) if heads else kept).contiguous().numpy()
-    stored = artifact.quantized(name)
-    if heads:
-        codes, scales = _permute_rows(stored.codes_NK, heads), _permute_rows(stored.scales_NG, heads)
-        stored = QuantizedTensor(codes, scales, stored.grid)
-    return pack_gguf(stored)
+        yield (_permute_rows(kept, heads) if heads else kept).contiguous().numpy()
+        return
+    head = artifact.shape(name)[0] // heads if heads else 1
+    for rows in row_chunks(artifact.quantized(name), multiple=head):
+        if heads:
+            rows = map_rows(rows, lambda part: _permute_rows(part, len(part) // head))
+        yield pack(rows, "gguf")
 
 
 def _file_order(artifact: Artifact, names: Mapping[str, str]) -> list[str]:
@@ -114,7 +116,7 @@ def _write_header(artifact: Artifact, order: list[str], names: Mapping[str, str]
     architecture = get_architecture(artifact.config)
     # The writer reports every step as information; what matters is said by the caller.
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
-    writer = GGUFWriter(path, architecture.gguf)
+    writer = MetadataWriter(path, architecture.gguf)
     parameters = sum(math.prod(artifact.shape(name)) for name in order)
     _gguf_metadata.add_general(writer, artifact, parameters, _gguf_metadata.main_grid(artifact))
     _gguf_metadata.add_model(writer, artifact.config)
@@ -134,14 +136,14 @@ def _write_header(artifact: Artifact, order: list[str], names: Mapping[str, str]
         writer.close()
 
 
-def _data(artifact: Artifact, order: list[str]) -> Iterator[NDArray[Any]]:
-    """Yield the tensors in the order of the header, each made when it is asked for."""
+def _data(artifact: Artifact, order: list[str]) -> Iterator[Iterable[NDArray[Any]]]:
+    """Yield the tensors in the order of the header, each as parts that are made when they are asked for."""
     factors = _gguf_metadata.llama3_rope_factors(artifact.config)
     if factors is not None:
-        yield factors
+        yield [factors]
     architecture = get_architecture(artifact.config)
     for name in order:
-        yield _pack(artifact, name, architecture.permuted_heads(name, artifact.config))
+        yield _stored(artifact, name, architecture.permuted_heads(name, artifact.config))
 
 
 def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> dict[str, Rounding]:
@@ -150,7 +152,7 @@ def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None)
     Args:
         artifact: What to write.
         path: Where; a previous file is replaced when the new one is complete.
-        on_progress: Called after each tensor with the bytes of weights written so far and in all.
+        on_progress: Called after each part of a tensor with the bytes of weights written so far and in all.
 
     Returns:
         Nothing: no tensor is held as fp16.
@@ -165,15 +167,17 @@ def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None)
     total = sum(_stored_bytes(artifact, name)[1] for name in order)
     done = 0
     with replacing_file(path) as temporary:
-        _write_header(artifact, order, names, temporary)
+        with collector_paused():
+            _write_header(artifact, order, names, temporary)
         # Plain writes, because NumPy's tofile, which the writer uses, reports a full disk without its error number.
         with temporary.open("ab") as file:
-            for stored in _data(artifact, order):
+            for parts in _data(artifact, order):
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-                file.write(stored.data.cast("B"))
-                done += stored.nbytes
-                if on_progress is not None:
-                    on_progress(min(done, total), total)
+                for part in parts:
+                    file.write(part.data.cast("B"))
+                    done += part.nbytes
+                    if on_progress is not None:
+                        on_progress(min(done, total), total)
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
     return {}
 

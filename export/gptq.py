@@ -32,9 +32,8 @@ from qad.export import OnProgress, Rounding, Weights, check_grids, formats_that_
 from qad.export._gptq_decode import CONFIG_FILE, GPTQWeights, read_json
 from qad.files import replacing_folder
 from qad.grid import Grid, get_grid
+from qad.layout import dequantize, pack, row_chunks
 from qad.model import load_tokenizer
-from qad.pack import pack_gptq
-from qad.tensor import QuantizedTensor, dequantize
 
 SUFFIX = "-gptq"
 GRIDS = ("q4_0", "q8_0", "int4_g64", "int4_g128", "int8_g64", "int8_g128")
@@ -43,7 +42,7 @@ FP16_RUNTIMES = True
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
-_CHUNK = 1 << 20  # values turned to fp16 at a time
+_CHUNK = 1 << 17  # values turned to fp16 at a time: what is made of them stays in the cache
 # Written anew, or read by nobody but qad.
 _OWN_FILES = {"artifact.json", "weights.safetensors", "config.json", "generation_config.json"}
 _ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -52,12 +51,12 @@ _ITEM_BYTES = {"I32": 4, "F16": 2}
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the checkpoint: what its header says, and how to make it."""
+    """A tensor of the checkpoint: what its header says, and how to make its parts, one after another."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    make: Callable[[], NDArray[Any]]
+    make: Callable[[], Iterable[NDArray[Any]]]
 
     @property
     def size(self) -> int:
@@ -139,54 +138,51 @@ def _linear(artifact: Artifact, name: str, grid: Grid) -> list[_Stored]:
             f"{layer}.qweight",
             "I32",
             (columns * grid.bits // 32, rows),
-            lambda: pack_gptq(artifact.quantized(name)),
+            lambda: [pack(artifact.quantized(name), "gptq")],
         ),
-        _Stored(f"{layer}.qzeros", "I32", (groups, rows * grid.bits // 32), lambda: _zeros(groups, rows, grid.bits)),
+        _Stored(f"{layer}.qzeros", "I32", (groups, rows * grid.bits // 32), lambda: [_zeros(groups, rows, grid.bits)]),
         _Stored(
             f"{layer}.scales",
             "F16",
             (groups, rows),
-            lambda: artifact.quantized(name).scales_NG.t().contiguous().numpy(),
+            lambda: [artifact.quantized(name).scales_NG.t().contiguous().numpy()],
         ),
         _Stored(
-            f"{layer}.g_idx", "I32", (columns,), lambda: np.arange(columns, dtype=np.int32) // np.int32(grid.block)
+            f"{layer}.g_idx", "I32", (columns,), lambda: [np.arange(columns, dtype=np.int32) // np.int32(grid.block)]
         ),
     ]
 
 
 def _row_chunks(artifact: Artifact, name: str) -> Iterable[torch.Tensor]:
-    """Yield a tensor's exact values, some rows at a time."""
+    """Yield a tensor's exact values, some rows at a time; the memory of the ones before is used again."""
     if name not in artifact.grids:
         yield artifact.weight(name)
         return
-    stored = artifact.quantized(name)
-    step = max(1, _CHUNK // stored.codes_NK.shape[1])
-    for start in range(0, len(stored.codes_NK), step):
-        rows = slice(start, start + step)
-        yield dequantize(QuantizedTensor(stored.codes_NK[rows], stored.scales_NG[rows], stored.grid))
+    buffer = None
+    for rows in row_chunks(artifact.quantized(name), codes=_CHUNK):
+        buffer = torch.empty(rows.codes_NK.shape) if buffer is None else buffer
+        yield dequantize(rows, buffer[: len(rows.codes_NK)])
 
 
-def _half(artifact: Artifact, name: str, roundings: dict[str, Rounding]) -> NDArray[np.float16]:
-    """Return a tensor rounded to fp16, and note by how much that moved it.
+def _half(artifact: Artifact, name: str, roundings: dict[str, Rounding]) -> Iterable[NDArray[np.float16]]:
+    """Yield a tensor rounded to fp16, some rows at a time; note in the end by how much that moved it.
 
     Raises:
         UserError: fp16 does not reach that far.
     """
-    out = torch.empty(artifact.shape(name), dtype=torch.float16)
-    rounding, start = Rounding(), 0
+    rounding = Rounding()
     for exact in _row_chunks(artifact, name):
-        rows = out[start : start + len(exact)]
-        rows.copy_(exact)
-        if not bool(rows.isfinite().all()):
+        half = exact.half().numpy()
+        moved = Rounding.of(exact.numpy(), half)
+        if not math.isfinite(moved.total):
             able = _others(artifact)
             raise UserError(
                 f"{name} holds values up to {float(exact.abs().max()):.3g}, and GPTQ stores it as fp16, which ends at "
                 f"65504" + (f"; formats that can: {', '.join(able)}" if able else "")
             )
-        rounding += Rounding.of(exact.numpy(), rows.numpy())
-        start += len(exact)
+        rounding += moved
+        yield half
     roundings[name] = rounding
-    return out.numpy()
 
 
 def _plan(artifact: Artifact, grid: Grid, roundings: dict[str, Rounding]) -> list[_Stored]:
@@ -239,10 +235,11 @@ def _write_safetensors(file: Path, shard: list[_Stored], on_bytes: Callable[[int
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for tensor in shard:
-            data = tensor.make()
-            assert (data.shape, data.nbytes) == (tensor.shape, tensor.size), tensor.name
-            stream.write(np.ascontiguousarray(data).data.cast("B"))
-            on_bytes(tensor.size)
+            start = stream.tell()
+            for part in tensor.make():
+                stream.write(part.data.cast("B"))
+                on_bytes(part.nbytes)
+            assert stream.tell() - start == tensor.size, tensor.name
 
 
 def _quantization_config(artifact: Artifact, grid: Grid, roundings: dict[str, Rounding]) -> dict[str, Any]:

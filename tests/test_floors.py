@@ -33,6 +33,7 @@ FLOORS = {
     "qad.philox": 1,
     # F2: operations on them, with and without gradients
     "qad.fake_quant": 2,
+    "qad.layout": 2,
     "qad.divergence": 2,
     "qad.ops": 2,
     "qad.losses": 2,
