@@ -255,6 +255,37 @@ def doctor(
     raise typer.Exit(doctor_command(model))
 
 
+@app.command()
+def devices(
+    name: Annotated[str | None, typer.Argument(help="A board, or host; all boards if none is named.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Exported file, run or model folder to look at on it.")] = None,
+    k: Annotated[int, typer.Option(help="Trajectories at once.", min=1)] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of each trajectory, the prompt included.", min=1)] = 4096,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the prompt that all share.", min=0, show_default="128, or half the context"),
+    ] = None,
+    kv_type: Annotated[str, typer.Option(help="Of the key-value cache: f16, q8_0 or q4_0.")] = "f16",
+    memory: Annotated[float | None, typer.Option(help="GiB of memory, where a board is sold with several.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again; for host.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """List boards; tell whether a model fits one, how fast it can be for each K, and which flags to use."""
+    from qad.boards import devices_command
+
+    devices_command(
+        name,
+        model=model,
+        k=k,
+        context=context,
+        prompt_tokens=prompt_tokens,
+        kv_type=kv_type,
+        memory_gib=memory,
+        measure=measure,
+        as_json=as_json,
+    )
+
+
 def main() -> None:
     """Run the command line. A user's error is one message and status 2, an interrupt status 130."""
     # Where torchao is installed transformers loads it, which warns of CUDA kernels that a CPU torch cannot load.

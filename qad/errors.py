@@ -1,5 +1,7 @@
 """The one exception that means "you can fix this": bad input, with the remedy in its text."""
 
+import difflib
+
 
 class UserError(ValueError):
     """Bad input or an unusable environment. The message names the cause and the remedy.
@@ -10,5 +12,7 @@ class UserError(ValueError):
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> UserError:
-    """Return the error for a name that is not in a table, listing the names that are."""
-    return UserError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}")
+    """Return the error for a name that is not in a table, listing the names that are and those that look alike."""
+    near = difflib.get_close_matches(name, known, n=2)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UserError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}{hint}")

@@ -22,6 +22,10 @@ FLOORS = {
     "qad.architectures": 0,
     "qad.gguf_check": 0,
     "qad.devices": 0,
+    "qad.host": 0,
+    "qad.model_facts": 0,
+    "qad.roofline": 0,
+    "qad.fit": 0,
     "qad.csrc": 0,
     # F1: numbers
     "qad.tensor": 1,
@@ -62,6 +66,7 @@ FLOORS = {
     "qad.verify": 7,
     "qad.doctor": 7,
     "qad.answer": 7,
+    "qad.boards": 7,
     # F8: the command line
     "qad.cli": 8,
 }
@@ -212,7 +217,7 @@ def test_importing_stays_light(module: str) -> None:
     assert not HEAVY & set(loaded)
 
 
-@pytest.mark.parametrize("verb", ["", "train", "export", "verify", "run", "doctor"])
+@pytest.mark.parametrize("verb", ["", "train", "export", "verify", "run", "doctor", "devices"])
 def test_showing_help_stays_light(verb: str) -> None:
     out = run(
         f"""
