@@ -13,7 +13,6 @@ Shapes: N output features, K input features, G groups along K.
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig
 
 from qad import __version__
 from qad.architectures import ARCHITECTURES
 from qad.artifact import Artifact
 from qad.errors import UserError
 from qad.export import OnProgress, Rounding, Weights, check_grids, formats_that_carry, get
+from qad.export._folder import check_target, copy_companions, write_json
 from qad.export._gptq_decode import CONFIG_FILE, GPTQWeights, read_json
 from qad.files import replacing_folder
 from qad.grid import Grid, get_grid
@@ -43,8 +42,6 @@ _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
 _CHUNK = 1 << 17  # values turned to fp16 at a time: what is made of them stays in the cache
-# Written anew, or read by nobody but qad.
-_OWN_FILES = {"artifact.json", "weights.safetensors", "config.json", "generation_config.json"}
 _ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 _ITEM_BYTES = {"I32": 4, "F16": 2}
 
@@ -264,40 +261,6 @@ def _quantization_config(artifact: Artifact, grid: Grid, roundings: dict[str, Ro
     }
 
 
-def _generation_config(artifact: Artifact, tokenizer: Any) -> GenerationConfig:
-    """Return the artifact's generation settings; made from special tokens where it has none of its own."""
-    if (artifact.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(artifact.folder)
-    ends = artifact.config.get("eos_token_id")
-    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-    unique = list(dict.fromkeys(token for token in known if token is not None))
-    return GenerationConfig(
-        bos_token_id=artifact.config.get("bos_token_id"),
-        eos_token_id=unique[0] if len(unique) == 1 else (unique or None),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_target(artifact: Artifact, folder: Path) -> None:
-    """Check that replacing a folder destroys nothing but an earlier export.
-
-    Raises:
-        UserError: It holds something else.
-    """
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    try:
-        ours = run_hash(folder) is not None
-    except UserError:
-        ours = False
-    if not ours or artifact.folder.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder} holds something that is no GPTQ export of qad: name another folder with -o")
-
-
 def write(
     artifact: Artifact, path: Path, on_progress: OnProgress | None = None, *, shard_bytes: int = _SHARD_BYTES
 ) -> dict[str, Rounding]:
@@ -317,7 +280,7 @@ def write(
             else, or a full disk.
     """
     grid = _check(artifact)
-    _check_target(artifact, path)
+    check_target(artifact, path, run_hash, "GPTQ")
     tokenizer = load_tokenizer(str(artifact.folder))
     roundings: dict[str, Rounding] = {}
     stored = _plan(artifact, grid, roundings)
@@ -336,11 +299,8 @@ def write(
             _write_safetensors(folder / name, shard, on_bytes)
         if len(shards) > 1:
             where = {tensor.name: name for name, shard in shards.items() for tensor in shard}
-            _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        for file in artifact.folder.iterdir():
-            if file.is_file() and file.name not in _OWN_FILES:
-                shutil.copyfile(file, folder / file.name)
-        _generation_config(artifact, tokenizer).save_pretrained(folder)
+            write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        copy_companions(artifact, tokenizer, folder)
         quantization = _quantization_config(artifact, grid, roundings)
         config = artifact.config | {
             # vLLM finds its class by this name.
@@ -350,8 +310,8 @@ def write(
             "quantization_config": quantization,
         }
         config.pop("torch_dtype", None)
-        _write_json(folder / "config.json", config)
-        _write_json(folder / CONFIG_FILE, quantization)
+        write_json(folder / "config.json", config)
+        write_json(folder / CONFIG_FILE, quantization)
     return roundings
 
 

@@ -1,0 +1,64 @@
+"""What the formats that are folders share: what lies beside the weights, and which folder may be replaced."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from qad.artifact import Artifact
+from qad.errors import UserError
+
+# Written anew, or read by nobody but qad.
+_OWN_FILES = {"artifact.json", "weights.safetensors", "config.json", "generation_config.json"}
+
+
+def copy_companions(artifact: Artifact, tokenizer: Any, folder: Path) -> None:
+    """Copy the tokenizer's files and the chat template, and write the generation settings."""
+    for file in artifact.folder.iterdir():
+        if file.is_file() and file.name not in _OWN_FILES:
+            shutil.copyfile(file, folder / file.name)
+    _generation_config(artifact, tokenizer).save_pretrained(folder)
+
+
+def _generation_config(artifact: Artifact, tokenizer: Any) -> GenerationConfig:
+    """Return the artifact's generation settings; made from special tokens where it has none of its own."""
+    if (artifact.folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(artifact.folder)
+    ends = artifact.config.get("eos_token_id")
+    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    unique = list(dict.fromkeys(token for token in known if token is not None))
+    return GenerationConfig(
+        bos_token_id=artifact.config.get("bos_token_id"),
+        eos_token_id=unique[0] if len(unique) == 1 else (unique or None),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write an object as indented JSON."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_target(artifact: Artifact, folder: Path, run_hash: Callable[[Path], str | None], format: str) -> None:  # noqa: A002
+    """Check that replacing a folder destroys nothing but an earlier export.
+
+    Args:
+        artifact: What is to be written there.
+        folder: Where.
+        run_hash: Returns the run that an export of the format comes from.
+        format: What the message calls the format.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        ours = run_hash(folder) is not None
+    except UserError:
+        ours = False
+    if not ours or artifact.folder.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} holds something that is no {format} export of qad: name another folder with -o")
