@@ -6,6 +6,7 @@ every key that has a default is written, even where the default would be right.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 import qad
-from qad.architectures import detect_splitter, head_dim, key_value_heads, rope_parameters
+from qad.architectures import (
+    ARCHITECTURES,
+    attention_window,
+    detect_splitter,
+    gguf_context,
+    head_dim,
+    key_value_heads,
+    layer_types,
+    rope_parameters,
+    rotary_dim,
+)
 from qad.artifact import Artifact
 from qad.errors import UserError
 from qad.model import load_tokenizer
@@ -23,8 +34,20 @@ from qad.model import load_tokenizer
 RUN_HASH = "qad.run_hash"
 RECIPE = "qad.recipe"
 VERSION = "qad.version"
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 _FILE_TYPES = {"q4_0": LlamaFileType.MOSTLY_Q4_0, "q8_0": LlamaFileType.MOSTLY_Q8_0}
+
+
+def _without_orders(name: str) -> str:
+    """Return a model's name so that llama.cpp reads no orders in it.
+
+    A file whose name contains one of these gets white space stripped beside its special tokens, whatever its tokenizer
+    does (``llama_vocab::impl::load``).
+    """
+    for order in ("phi-3", "phi3", "modern-bert"):
+        name = re.sub(re.escape(order), lambda found: f"{found[0][0]} {found[0][1:]}", name, flags=re.IGNORECASE)
+    return name
 
 
 def add_general(writer: GGUFWriter, artifact: Artifact, parameters: int, main_grid: str | None) -> None:
@@ -39,7 +62,7 @@ def add_general(writer: GGUFWriter, artifact: Artifact, parameters: int, main_gr
     origins = (artifact.config.get("_name_or_path"), artifact.recipe.get("student"), artifact.recipe.get("teacher"))
     origin = next((str(name) for name in origins if name), artifact.folder.absolute().parent.name)
     writer.add_type("model")
-    writer.add_name(Path(origin).name.removesuffix(".gguf"))
+    writer.add_name(_without_orders(Path(origin).name.removesuffix(".gguf")))
     writer.add_size_label(size_label(parameters, parameters, 0, 0))
     writer.add_quantization_version(2)
     writer.add_file_type(_FILE_TYPES[main_grid] if main_grid else LlamaFileType.ALL_F32)
@@ -49,9 +72,9 @@ def add_general(writer: GGUFWriter, artifact: Artifact, parameters: int, main_gr
 
 
 def add_model(writer: GGUFWriter, config: dict[str, Any]) -> None:
-    """Add the numbers of the model: sizes, heads, norms, rotary embedding."""
+    """Add the numbers of the model: sizes, heads, norms, windows, rotary embedding."""
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(gguf_context(config))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_vocab_size(config["vocab_size"])
@@ -60,23 +83,60 @@ def add_model(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    window = attention_window(config)
+    if window and ARCHITECTURES[config["model_type"]].gguf_windows:
+        kinds = layer_types(config)
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
+        writer.add_rope_freq_base_swa(float(rope_parameters(config, "sliding_attention")["rope_theta"]))
+    _add_rope(writer, config)
+
+
+_SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN, "longrope": RopeScalingType.LONGROPE}
+
+
+def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """Add the numbers of the rotary embedding of full attention."""
     rope = rope_parameters(config)
-    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_rope_dimension_count(rotary_dim(config))
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    scaling = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}.get(rope["rope_type"])
+    scaling = _SCALINGS.get(rope["rope_type"])
     if scaling is None:
         return
     writer.add_rope_scaling_type(scaling)
+    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    if scaling is RopeScalingType.LONGROPE:
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(_longrope_attention(config, rope, original))
+        return
     writer.add_rope_scaling_factor(float(rope["factor"]))
     if scaling is RopeScalingType.YARN:
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(original)
         writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
         writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
 
 
-def llama3_rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
-    """Return what llama.cpp divides each rotary frequency by under Llama 3's scaling, None under any other.
+def _longrope_attention(config: dict[str, Any], rope: dict[str, Any], original: int) -> float:
+    """Return what cosines and sines are multiplied by (LongRoPE, arXiv 2402.13753, as transformers computes it)."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    factor = rope.get("factor") or config["max_position_embeddings"] / original
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def rope_factors(config: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """Return the tensors of numbers that llama.cpp divides rotary frequencies by: none, Llama 3's or LongRoPE's."""
+    rope = rope_parameters(config)
+    if rope["rope_type"] == "llama3":
+        return {ROPE_FACTORS[0]: _llama3_rope_factors(config)}
+    if rope["rope_type"] == "longrope":
+        lists = rope["long_factor"], rope["short_factor"]
+        return {name: np.array(values, dtype=np.float32) for name, values in zip(ROPE_FACTORS[1:], lists, strict=True)}
+    return {}
+
+
+def _llama3_rope_factors(config: dict[str, Any]) -> NDArray[np.float32]:
+    """Return what llama.cpp divides each rotary frequency by under Llama 3's scaling.
 
     Wavelengths shorter than the original context over ``high_freq_factor`` stay, those longer than it over
     ``low_freq_factor`` are stretched by ``factor``, those between are blended (Llama 3.1's reference code).
@@ -85,8 +145,6 @@ def llama3_rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
         float32 of shape [head_dim / 2].
     """
     rope = rope_parameters(config)
-    if rope["rope_type"] != "llama3":
-        return None
     width = head_dim(config)
     frequencies = float(rope["rope_theta"]) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)

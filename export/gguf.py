@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qad.architectures import Architecture, architecture_of_gguf, get_architecture
+from qad.architectures import Architecture, architecture_of_gguf, check_gguf_can, get_architecture
 from qad.artifact import Artifact
 from qad.errors import UserError
 from qad.export import OnProgress, Rounding, Weights, _gguf_metadata, check_grids, get
@@ -36,7 +36,6 @@ GRIDS = ("q4_0", "q8_0")
 FP16_RUNTIMES = False
 
 _BLOCKS = {"q4_0": GGMLQuantizationType.Q4_0, "q8_0": GGMLQuantizationType.Q8_0}
-_ROPE_FACTORS = "rope_freqs.weight"
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 
 
@@ -48,18 +47,6 @@ def recognizes(path: Path) -> bool:
 def only_half(artifact: Artifact) -> frozenset[str]:
     """Return no name: what GGUF does not store as codes it stores as float32."""
     return frozenset()
-
-
-def _gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
-    """Return Hugging Face name -> GGUF name of every parameter that a model may have."""
-    index = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(index[architecture.gguf], layers)
-    names = {}
-    for name in architecture.parameter_names(layers):
-        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert found is not None, name
-        names[name] = found
-    return names
 
 
 def _permute_rows(rows: Tensor, heads: int) -> Tensor:
@@ -85,10 +72,14 @@ def _stored_bytes(artifact: Artifact, name: str) -> tuple[tuple[int, ...], int]:
     return shape, math.prod(shape) // grid.block * gguf_block_bytes(grid)
 
 
-def _stored(artifact: Artifact, name: str, heads: int) -> Iterator[NDArray[Any]]:
-    """Yield a tensor's bytes as the file stores them, some rows at a time: ready blocks, or float32."""
+def _stored(artifact: Artifact, name: str, architecture: Architecture) -> Iterator[NDArray[Any]]:
+    """Yield a tensor's bytes as the file stores them, some rows at a time: ready blocks, or float32.
+
+    What is kept is stored as it is computed with.
+    """
+    heads = architecture.permuted_heads(name, artifact.config)
     if name not in artifact.grids:
-        kept = artifact.weight(name)
+        kept = artifact.weight(name) + architecture.offset(name)
         yield (_permute_rows(kept, heads) if heads else kept).contiguous().numpy()
         return
     head = artifact.shape(name)[0] // heads if heads else 1
@@ -121,9 +112,8 @@ def _write_header(artifact: Artifact, order: list[str], names: Mapping[str, str]
     _gguf_metadata.add_general(writer, artifact, parameters, _gguf_metadata.main_grid(artifact))
     _gguf_metadata.add_model(writer, artifact.config)
     _gguf_metadata.add_tokenizer(writer, artifact.folder, artifact.config)
-    factors = _gguf_metadata.llama3_rope_factors(artifact.config)
-    if factors is not None:
-        writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for name, factors in _gguf_metadata.rope_factors(artifact.config).items():
+        writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
     for name in order:
         shape, size = _stored_bytes(artifact, name)
         kind = _BLOCKS[artifact.grids[name]] if name in artifact.grids else GGMLQuantizationType.F32
@@ -138,12 +128,11 @@ def _write_header(artifact: Artifact, order: list[str], names: Mapping[str, str]
 
 def _data(artifact: Artifact, order: list[str]) -> Iterator[Iterable[NDArray[Any]]]:
     """Yield the tensors in the order of the header, each as parts that are made when they are asked for."""
-    factors = _gguf_metadata.llama3_rope_factors(artifact.config)
-    if factors is not None:
+    for factors in _gguf_metadata.rope_factors(artifact.config).values():
         yield [factors]
     architecture = get_architecture(artifact.config)
     for name in order:
-        yield _stored(artifact, name, architecture.permuted_heads(name, artifact.config))
+        yield _stored(artifact, name, architecture)
 
 
 def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> dict[str, Rounding]:
@@ -162,7 +151,8 @@ def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None)
     """
     check_grids(artifact, get("gguf"))
     architecture = get_architecture(artifact.config)
-    names = _gguf_names(architecture, artifact.config["num_hidden_layers"])
+    check_gguf_can(artifact.config)
+    names = architecture.gguf_names(artifact.config["num_hidden_layers"])
     order = _file_order(artifact, names)
     total = sum(_stored_bytes(artifact, name)[1] for name in order)
     done = 0
@@ -204,14 +194,17 @@ class GGUFWeights(Mapping[str, NDArray[np.float32]]):
             stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
         except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
             raise UserError(f"gguf-py cannot read {path} ({error}); export it again") from error
-        hf_names = {gguf_name: name for name, gguf_name in _gguf_names(self._architecture, layers).items()}
+        hf_names = {gguf_name: name for name, gguf_name in self._architecture.gguf_names(layers).items()}
         # The rotary factors are computed from the configuration; they are no parameter.
-        self._stored = {hf_names.get(name, name): tensor for name, tensor in stored.items() if name != _ROPE_FACTORS}
+        factors = _gguf_metadata.ROPE_FACTORS
+        self._stored = {hf_names.get(name, name): tensor for name, tensor in stored.items() if name not in factors}
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         tensor = self._stored[name]
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         heads = self._architecture.permuted_heads(name, self._config)
+        offset = self._architecture.offset(name)
+        values = values - np.float32(offset) if offset else values
         return _unpermute_rows(values, heads) if heads else values
 
     def __iter__(self) -> Iterator[str]:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from qad.architectures import ARCHITECTURES
 from qad.errors import UserError
 from qad.files import recover_folder, replacing_folder, sha256_of_file
 from qad.grid import get_grid
@@ -99,6 +100,16 @@ def _hash(description: Mapping[str, Any], folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _settled(kept: Tensor, offset: float) -> Tensor:
+    """Return the value of a kept float32 tensor that survives being stored with an offset.
+
+    A model that computes with fl(w + 1) does so with many w. Of these the one that fl(w + 1) - 1 gives is as good as
+    any: the model computes the same bits with it, and it comes back from a container that holds the sum. (True for
+    magnitudes below 2^23, beyond which no norm's weight lies.)
+    """
+    return (kept + offset) - offset if offset else kept
+
+
 def save_artifact(
     run: Path,
     *,
@@ -115,12 +126,14 @@ def save_artifact(
     Raises:
         UserError: The disk is full or not writable; a previous artifact is untouched.
     """
+    architecture = ARCHITECTURES.get(config.model_type)
     tensors: dict[str, Tensor] = {}
     for name, tensor in quantized.items():
         tensors[f"{name}.codes"] = tensor.codes_NK.cpu().contiguous()
         tensors[f"{name}.scales"] = tensor.scales_NG.cpu().contiguous()
     for name, tensor in kept.items():
-        tensors[name] = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        value = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        tensors[name] = _settled(value, architecture.offset(name)) if architecture else value
     description = {
         "format": _FORMAT,
         "grids": {name: tensor.grid.name for name, tensor in quantized.items()},

@@ -1,6 +1,6 @@
 """A GGUF file as a Hugging Face model: configuration, tokenizer and dequantized float weights.
 
-transformers can load GGUF files itself. This module does it again for the three architectures of qad, because that
+transformers can load GGUF files itself. This module does it again for the architectures of qad, because that
 loader parses the file three times (25 s for SmolLM2 against 3 s here), leaves a quantization_config that forbids
 saving, and knows fewer pre-tokenizers: without the digit splitting of ``smollm`` it tokenizes every number differently
 from llama.cpp. What is given up: sentencepiece vocabularies still go through transformers' converter.
@@ -9,7 +9,6 @@ Source: ggml's ``gguf.md`` for the keys.
 """
 
 import mmap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +19,21 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
 )
 
-from qad.architectures import ARCHITECTURES, SPLITTERS
+from qad.architectures import ARCHITECTURES, SPLITTERS, Architecture, architecture_of_gguf
 from qad.errors import UserError
 from qad.gguf_check import GGUFHeader, GGUFTensor
 
-CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
+_LONG_FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
+# Every how manyth layer of gemma3 sees everything, where a file does not say.
+_GEMMA_PATTERN = 6
 
 # Names under which files carry a splitter that the table knows under another.
 _ALIASES = {"llama3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "gpt2": "gpt-2"}
@@ -67,12 +51,12 @@ def read_config(header: GGUFHeader) -> PretrainedConfig:
     Raises:
         UserError: A key is missing, or rotary embeddings are scaled in a way that the key values do not tell.
     """
-    architecture = header.metadata["general.architecture"]
+    architecture = architecture_of_gguf(header.metadata["general.architecture"])
 
     def value(key: str, default: Any = None) -> Any:
-        found = header.metadata.get(f"{architecture}.{key}", default)
+        found = header.metadata.get(f"{architecture.gguf}.{key}", default)
         if found is None:
-            raise UserError(f"the GGUF file lacks {architecture}.{key}: convert it again with a current converter")
+            raise UserError(f"the GGUF file lacks {architecture.gguf}.{key}: convert it again with a current converter")
         return found
 
     if "token_embd.weight" not in header.tensors:
@@ -88,18 +72,41 @@ def read_config(header: GGUFHeader) -> PretrainedConfig:
         "head_dim": value("attention.key_length", hidden // heads),
         "rms_norm_eps": _short(value("attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": value("context_length"),
-        "rope_parameters": _read_rope(header, architecture),
+        "rope_parameters": _read_rope(header, architecture.gguf),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "dtype": "float32",
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         options[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    if architecture in ("llama", "qwen3"):
+    if "self_attn.o_proj" in architecture.biases:
         options["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
-    if architecture == "llama":
         options["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
-    options["architectures"] = [ARCHITECTURES[architecture].hf_class]
-    return CONFIGS[architecture](**options)
+    options |= {setting.key: setting.allowed(options)[-1] for setting in architecture.gguf_fixed}
+    if architecture.windows != "none":
+        options |= _read_windows(header, architecture, options)
+    options["architectures"] = [architecture.hf_class]
+    return AutoConfig.for_model(architecture.model_type, **options)
+
+
+def _read_windows(header: GGUFHeader, architecture: Architecture, options: dict[str, Any]) -> dict[str, Any]:
+    """Return which layers have a window, as llama.cpp takes it."""
+    prefix, layers = f"{architecture.gguf}.attention", options["num_hidden_layers"]
+    window = header.metadata.get(f"{prefix}.sliding_window") or None
+    if architecture.windows == "all" or not architecture.gguf_windows:
+        return {"sliding_window": window if architecture.windows == "all" else None}
+    slides = [window is not None and (layer + 1) % _GEMMA_PATTERN != 0 for layer in range(layers)]
+    if window is not None:
+        slides = list(header.metadata.get(f"{prefix}.sliding_window_pattern", slides))
+    base = header.metadata.get(f"{architecture.gguf}.rope.freq_base_swa", 10000.0)
+    return {
+        # Without a window no layer slides, but transformers wants one all the same.
+        "sliding_window": window or options["max_position_embeddings"],
+        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in slides],
+        "rope_parameters": {
+            "full_attention": options["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": _short(base)},
+        },
+    }
 
 
 def _read_rope(header: GGUFHeader, architecture: str) -> dict[str, Any]:
@@ -112,11 +119,17 @@ def _read_rope(header: GGUFHeader, architecture: str) -> dict[str, Any]:
     # llama.cpp takes 10000 where the base is missing.
     rope: dict[str, Any] = {"rope_theta": _short(found.get("freq_base", 10000.0))}
     kind = found.get("scaling.type") or "none"
-    rope["rope_type"] = "default" if kind == "none" else kind
+    # Factors of longrope are tensors, which come later.
+    rope["rope_type"] = "default" if kind in ("none", "longrope") else kind
     if kind in ("linear", "yarn"):
         rope["factor"] = _short(found["scaling.factor"])
-    elif kind != "none":
+    elif kind not in ("none", "longrope"):
         raise _unknown_rope(kind)
+    width = header.metadata.get(f"{architecture}.attention.key_length") or (
+        header.metadata[f"{architecture}.embedding_length"] // header.metadata[f"{architecture}.attention.head_count"]
+    )
+    if found.get("dimension_count", width) != width:
+        rope["partial_rotary_factor"] = found["dimension_count"] / width
     if kind == "yarn":
         context = header.metadata[f"{architecture}.context_length"]
         rope["original_max_position_embeddings"] = found.get("scaling.original_context_length", context)
@@ -167,14 +180,17 @@ def _apply_rope_factors(config: PretrainedConfig, factors: Tensor) -> None:
     }
 
 
-def _hf_name(name: str) -> str | None:
-    """Return a tensor's Hugging Face name, None for one that has no place there."""
-    parts = name.split(".")
-    if len(parts) == 2 and parts[0] in _TOP:
-        return f"{_TOP[parts[0]]}.{parts[1]}"
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER:
-        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}"
-    return None
+def _apply_long_factors(config: PretrainedConfig, factors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write LongRoPE's factors, which GGUF stores as tensors, back into the configuration."""
+    scaling = f"{metadata['general.architecture']}.rope.scaling"
+    original = metadata.get(f"{scaling}.original_context_length", config.max_position_embeddings)
+    config.rope_parameters = config.rope_parameters | {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": original,
+        "attention_factor": _short(metadata.get(f"{scaling}.attn_factor", 1.0)),
+        **{key: [_short(value) for value in values.tolist()] for key, values in factors.items()},
+    }
+    config.original_max_position_embeddings = original
 
 
 def _read_tensor(data: mmap.mmap, tensor: GGUFTensor) -> Tensor:
@@ -200,23 +216,29 @@ def read_weights(path: Path, header: GGUFHeader, config: PretrainedConfig) -> di
         UserError: A tensor type or a tensor that is not understood.
     """
     state: dict[str, Tensor] = {}
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    architecture, numbers = ARCHITECTURES[config.model_type], config.to_dict()
+    hf_names = {stored: name for name, stored in architecture.gguf_names(config.num_hidden_layers).items()}
     unknown: list[str] = []
+    long_factors: dict[str, Tensor] = {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for name, tensor in header.tensors.items():
             if name == _ROPE_FACTORS:
                 _apply_rope_factors(config, _read_tensor(data, tensor))
                 continue
-            target = _hf_name(name)
+            if name in _LONG_FACTORS:
+                long_factors[_LONG_FACTORS[name]] = _read_tensor(data, tensor)
+                continue
+            target = hf_names.get(name)
             if target is None:
                 unknown.append(name)
                 continue
             weight = _read_tensor(data, tensor)
-            part = name.split(".")[-2]
-            if ARCHITECTURES[config.model_type].permutes_qk and part in heads:
-                pairs = weight.view(heads[part], weight.shape[0] // heads[part] // 2, 2, *weight.shape[1:])
+            if heads := architecture.permuted_heads(target, numbers):
+                pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
                 weight = pairs.swapaxes(1, 2).reshape(weight.shape).contiguous()
-            state[target] = weight
+            state[target] = weight - architecture.offset(target)
+    if long_factors:
+        _apply_long_factors(config, long_factors, header.metadata)
     if unknown:
         raise UserError(f"{path} holds tensors that a {config.model_type} model has no place for: {unknown[:3]}")
     return state

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qad.architectures import ARCHITECTURES, layer_types
 from qad.grid import get_grid
 from qad.plan import KEEP, Plan
 from qad.rounding import Rounded, RoundingSettings, damped, round_with_hessian, round_without_hessian
@@ -39,6 +40,7 @@ class CalibrationSettings:
 
 
 Progress = Callable[[int, int], None]
+Arguments = dict[str, dict[str, Any]]
 
 
 def initialize(
@@ -92,23 +94,34 @@ class _Captured(Exception):
 
 
 @torch.no_grad()
-def _first_layer_inputs(model: nn.Module, layer: nn.Module, batch_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Return what the model hands to its first decoder layer: hidden states and keyword arguments."""
-    caught: list[tuple[Tensor, dict[str, Any]]] = []
+def _layer_inputs(model: nn.Module, firsts: Mapping[str, nn.Module], batch_BT: Tensor) -> tuple[Tensor, Arguments]:
+    """Return the hidden states that a model hands to its first layer, and the other arguments of each type of layers.
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        caught.append((hidden, {key: value for key, value in kwargs.items() if key != "past_key_values"}))
-        raise _Captured
+    ``firsts``: The first layer of each type, in the model's order. Types differ in their mask and rotary embedding.
+    """
+    hidden: list[Tensor] = []
+    arguments: Arguments = {}
 
-    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    def catch(kind: str) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden.append(args[0] if args else kwargs["hidden_states"])
+            others = {"hidden_states", "past_key_values"}
+            arguments[kind] = {key: value for key, value in kwargs.items() if key not in others}
+            if len(arguments) == len(firsts):
+                raise _Captured
+
+        return keep
+
+    handles = [
+        layer.register_forward_pre_hook(catch(kind), with_kwargs=True, prepend=True) for kind, layer in firsts.items()
+    ]
     try:
-        model(batch_BT, use_cache=False)
-    except _Captured:
-        pass
+        with suppress(_Captured):
+            model(batch_BT, use_cache=False)
     finally:
-        handle.remove()
-    return caught[0]
+        for handle in handles:
+            handle.remove()
+    return hidden[0], arguments
 
 
 @contextmanager
@@ -139,20 +152,23 @@ def _walk(
 ) -> Iterator[tuple[str, Rounded]]:
     """Yield the rounded linear layers of each decoder layer in order. The caller writes them into the model."""
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr,assignment]
+    config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr,operator]
+    stages, kinds = ARCHITECTURES[config["model_type"]].stages, layer_types(config)
+    firsts = {kind: layers[kinds.index(kind)] for kind in dict.fromkeys(kinds)}
     batch = max(1, _BATCH_TOKENS // calibration_BT.shape[1])
-    batches = [_first_layer_inputs(model.model, layers[0], part) for part in calibration_BT.split(batch)]  # type: ignore[arg-type]
+    batches = [_layer_inputs(model.model, firsts, part) for part in calibration_BT.split(batch)]  # type: ignore[arg-type]
     exact = [hidden for hidden, _ in batches]
     actual = list(exact)
     arguments = [kwargs for _, kwargs in batches]
 
-    def run(layer: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+    def run(kind: str, layer: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
         outputs = []
         for part, kwargs in zip(hidden, arguments, strict=True):
             with suppress(_Captured):
-                outputs.append(layer(part, **kwargs))
+                outputs.append(layer(part, **kwargs[kind]))
         return [out[0] if isinstance(out, tuple) else out for out in outputs]
 
-    for index, layer in enumerate(layers):
+    for index, (kind, layer) in enumerate(zip(kinds, layers, strict=True)):
         linears = {
             f"model.layers.{index}.{name}.weight": module
             for name, module in layer.named_modules()
@@ -160,11 +176,16 @@ def _walk(
         }
         exact_inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
         with _recording(linears, exact_inputs):
-            exact = run(layer, exact)
-        for stage in _stages(linears):
+            exact = run(kind, layer, exact)
+        prefix = f"model.layers.{index}."
+        for stage in (
+            [name for module in stage if (name := f"{prefix}{module}.weight") in linears] for stage in stages
+        ):
+            if not stage:
+                continue
             actual_inputs: dict[str, list[Tensor]] = {name: [] for name in stage[:1]}
             with _recording({stage[0]: linears[stage[0]]}, actual_inputs, stop=True):
-                run(layer, actual)
+                run(kind, layer, actual)
             x_TK = torch.cat(actual_inputs.pop(stage[0]))
             drift_TK = torch.cat(exact_inputs[stage[0]]).sub_(x_TK)
             for name in stage:
@@ -177,14 +198,4 @@ def _walk(
                 weight_NK = linears[name].weight.data
                 target_NK = weight_NK + weight_NK @ correction_KK.t()
                 yield name, round_with_hessian(target_NK, hessian_KK, wanted[name], settings.rounding)
-        actual = run(layer, actual)
-
-
-def _stages(linears: Mapping[str, nn.Module]) -> list[list[str]]:
-    """Return the linear layers of a decoder layer in the order of the data, those that share an input together."""
-    stages: list[list[str]] = []
-    for suffixes in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
-        stage = [name for name in linears if name.split(".")[-2] in suffixes]
-        if stage:
-            stages.append(stage)
-    return stages
+        actual = run(kind, layer, actual)

