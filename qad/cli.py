@@ -28,26 +28,57 @@ app = typer.Typer(
 
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, as made by `qad train`.")]
 FileArgument = Annotated[Path, typer.Argument(help="Exported file or folder.")]
+BitsOption = Annotated[
+    int | None, typer.Option(help="4 or 8: the portable grid of the linear layers.", show_default="4")
+]
+GridOption = Annotated[
+    str | None, typer.Option(help="Any grid for the linear layers (embedding and head get at least 8 bits).")
+]
+PlanOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Mixture of grids: q4_k_s, q4_k_m, q5_k_s, q5_k_m, q6_k; or a JSON file of name patterns and grids or "
+        '"keep", of which the first that matches counts, and --grid or --bits where none does.'
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Stored bits per quantized weight, embedding and head included: each tensor's grid is chosen by what its "
+        "rounding costs in KL.",
+        min=0.0,
+    ),
+]
+FormatsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Format whose grids --budget chooses among; may be repeated.", show_default="gguf"),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="JSONL or Parquet file of `text` or `prompt`/`completion` rows, or a hub data set id; may be repeated",
+        show_default="worked problems, and text sampled from the teacher",
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in -o with the options it has, or start it.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; by default the free physical cores.", min=1)]
 
 
 @app.command()
 def train(
-    bits: Annotated[
-        int | None, typer.Option(help="4 or 8: the portable grid of the linear layers.", show_default="4")
-    ] = None,
+    bits: BitsOption = None,
+    grid: GridOption = None,
+    plan: PlanOption = None,
+    budget: BudgetOption = None,
+    formats: FormatsOption = None,
     teacher: Annotated[
         str | None,
         typer.Option(help="Hugging Face folder, hub id or GGUF file.", show_default="the packaged SmolLM2-135M"),
     ] = None,
     student: Annotated[str | None, typer.Option(help="The model to quantize.", show_default="the teacher")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="JSONL or Parquet file of `text` or `prompt`/`completion` rows, or a hub data set id; may be repeated",
-            show_default="worked problems, and text sampled from the teacher",
-        ),
-    ] = None,
+    data: DataOption = None,
     recipe: Annotated[
         str | None, typer.Option(help="Recipe to start from: quick, thorough.", show_default="quick")
     ] = None,
@@ -64,7 +95,8 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Learning rate of the weights, in grid steps per optimizer step (0.02: a fiftieth of one).",
+            help="Learning rate of the weights, in grid steps per optimizer step (0.02: a fiftieth of one); 0 leaves "
+            "them where --init put them, while norms, biases and learned scales go on learning.",
             show_default="0.002",
         ),
     ] = None,
@@ -112,9 +144,7 @@ def train(
     ] = None,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data, noise and sampling.", show_default="0")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in -o with the options it has, or start it.")
-    ] = False,
+    resume: ResumeOption = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/run"),
 ) -> None:
     """Train a student on its grid by KL to a teacher; leaves RUN/artifact."""
@@ -129,6 +159,10 @@ def train(
     resolved = base.override(
         name=recipe,
         bits=bits,
+        grid=grid,
+        **_plan_options(plan),
+        budget=budget,
+        formats=tuple(formats) if formats else None,
         teacher=teacher,
         student=student,
         data=tuple(data) if data else None,
@@ -154,7 +188,8 @@ def train(
         tensorboard=tensorboard,
         seed=seed,
     )
-    from qad.distill import distill, print_outcome
+    from qad.distill import distill
+    from qad.outcome import print_outcome
 
     console = Console()
     try:
@@ -166,6 +201,94 @@ def train(
     print_outcome(outcome, console)
     # Not folded: the command is there to be copied.
     console.print(f"artifact: {output}/artifact    next: qad export {output} --format gguf -o FILE", soft_wrap=True)
+
+
+def _plan_options(plan: str | None) -> dict[str, object]:
+    """Return the recipe's fields for ``--plan``: a plan's name, or the rules that a file holds.
+
+    Raises:
+        UserError: Neither.
+    """
+    if plan is None:
+        return {}
+    from qad.errors import unknown_name
+    from qad.plan import read_rules
+    from qad.plans import NAMED
+
+    if plan in NAMED:
+        return {"plan": plan}
+    if not plan.endswith(".json") and not Path(plan).exists():
+        raise unknown_name("plan", plan, [*NAMED, "a JSON file"])
+    return {"rules": read_rules(Path(plan))}
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF file, or smollm2.")],
+    bits: BitsOption = None,
+    grid: GridOption = None,
+    plan: PlanOption = None,
+    budget: BudgetOption = None,
+    formats: FormatsOption = None,
+    init: Annotated[
+        str | None, typer.Option(help="How weights are rounded: rtn, mse or gptq.", show_default="gptq")
+    ] = None,
+    data: DataOption = None,
+    mix_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the default text.", min=1, show_default="40000")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of text for gptq and --budget.", min=1, show_default="16384")
+    ] = None,
+    held_out_tokens: Annotated[
+        int | None, typer.Option(help="Tokens set aside for evaluation.", min=1, show_default="4096")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.", min=2, show_default="256")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data and sampling.", show_default="0")] = None,
+    resume: ResumeOption = False,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/quantized"),
+) -> None:
+    """Round a model onto its grids without training; leaves RUN/artifact, which export, verify and run take."""
+    from rich.console import Console
+
+    from qad.recipe import RECIPE_FILE, Recipe, load_recipe
+
+    base = Recipe(name="quantize", steps=0)
+    if resume and (output / RECIPE_FILE).is_file():
+        base = load_recipe(output)
+        if base.name != "quantize":
+            raise UserError(f"{output} is a run of `qad train`: continue it with that, or name another folder with -o")
+    resolved = base.override(
+        teacher=model,
+        bits=bits,
+        grid=grid,
+        **_plan_options(plan),
+        budget=budget,
+        formats=tuple(formats) if formats else None,
+        init=init,
+        data=tuple(data) if data else None,
+        mix_tokens=mix_tokens,
+        calibration_tokens=calibration_tokens,
+        held_out_tokens=held_out_tokens,
+        seq_len=seq_len,
+        seed=seed,
+    )
+    from qad.outcome import print_outcome
+    from qad.quantize import quantize_model
+
+    console = Console()
+    try:
+        with interrupts.remembered():
+            outcome = quantize_model(resolved, output, resume=resume, console=console)
+    except KeyboardInterrupt:
+        again = f"qad quantize {model} --resume -o {output}"
+        console.print(f"\ninterrupted; continue with: {again}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    print_outcome(outcome, console)
+    console.print(f"artifact: {output}/artifact    next: qad export {output} --format gguf -o FILE", soft_wrap=True)
+    console.print(
+        f"to train under the same plan: qad train --teacher {model} --plan {output}/plan.json", soft_wrap=True
+    )
 
 
 @app.command()

@@ -10,9 +10,11 @@ from typing import Any
 from qad.errors import UserError, unknown_name
 from qad.files import replacing_file
 from qad.gptq_init import INIT_MODES
-from qad.grid import grid_for_bits
+from qad.grid import get_grid, grid_for_bits
 from qad.losses import KL_MODES, LossSettings
 from qad.noise import NOISE_MODES
+from qad.plan import Rules, check_rules
+from qad.plans import NAMED
 from qad.student import SCALE_MODES
 
 LOSS_ON = ("all", "completion")
@@ -30,6 +32,13 @@ class Recipe:
         data: JSONL or Parquet files or hub dataset ids; none for the offline mix.
         mix_tokens: Tokens of the offline mix.
         bits: 4 or 8, the portable grid of the linear layers.
+        grid: The grid of the linear layers, in place of ``bits``.
+        plan: Name of a mixture of grids, in place of ``bits``.
+        rules: Patterns of tensor names, each with a grid or ``keep``; the first that matches counts, and ``grid`` or
+            ``bits`` where none does.
+        budget: Stored bits per quantized weight, embedding and head included, under which each tensor's grid is
+            chosen by what it costs in KL, in place of ``bits``; 0 for no such choice.
+        formats: Formats whose common grids ``budget`` chooses among.
         steps: Optimizer steps; 0 stops after the initialisation.
         batch_size: Sequences per optimizer step.
         micro_batch: Sequences per forward pass; it divides ``batch_size``.
@@ -62,6 +71,11 @@ class Recipe:
     data: tuple[str, ...] = ()
     mix_tokens: int = 40_000
     bits: int = 4
+    grid: str = ""
+    plan: str = ""
+    rules: Rules = ()
+    budget: float = 0.0
+    formats: tuple[str, ...] = ("gguf",)
     steps: int = 32
     batch_size: int = 4
     micro_batch: int = 4
@@ -90,7 +104,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        grid_for_bits(self.bits)
+        self._check_plan()
         for kind, value, known in (
             ("init mode", self.init, INIT_MODES),
             ("scale mode", self.scales, SCALE_MODES),
@@ -104,7 +118,7 @@ class Recipe:
             if getattr(self, option) < 1:
                 raise UserError(f"{option} must be at least 1, not {getattr(self, option)}")
         rates = ("lr", "scale_lr", "kept_lr", "weight_decay", "next_token_weight")
-        for option in ("steps", "eval_every", "save_every", "cache_top_k", *rates):
+        for option in ("steps", "eval_every", "save_every", "cache_top_k", "budget", *rates):
             if not 0 <= getattr(self, option) < math.inf:  # so written, NaN is refused too
                 raise UserError(f"{option} must be a number from 0 on, not {getattr(self, option)}")
         for option in ("warmup", "noise_until"):
@@ -119,6 +133,28 @@ class Recipe:
                 f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}: choose a divisor"
             )
         _ = self.loss  # checks its own ranges
+
+    def _check_plan(self) -> None:
+        grid_for_bits(self.bits)
+        if self.grid:
+            get_grid(self.grid)
+        if self.plan and self.plan not in NAMED:
+            raise unknown_name("plan", self.plan, list(NAMED))
+        check_rules(self.rules, "the recipe")
+        chosen = {"--bits": self.bits != 4, "--grid": self.grid, "--plan": self.plan, "--budget": self.budget}
+        given = [option for option, value in chosen.items() if value]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} each say which tensor gets which grid: give one of them")
+        if self.rules and (self.plan or self.budget):
+            raise UserError("a plan of rules goes with --bits or --grid, and not with a named plan or --budget")
+
+    @property
+    def plan_label(self) -> str:
+        """What the plan is called in tables."""
+        if self.budget:
+            return f"{self.budget:g} bits per weight"
+        base = self.plan or self.grid or f"{self.bits} bits"
+        return f"a plan over {base}" if self.rules else base
 
     @property
     def loss(self) -> LossSettings:
@@ -146,7 +182,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON types."""
-        return dataclasses.asdict(self) | {"data": list(self.data)}
+        rules = [list(rule) for rule in self.rules]
+        return dataclasses.asdict(self) | {"data": list(self.data), "rules": rules, "formats": list(self.formats)}
 
     def save(self, run: Path) -> None:
         """Write the recipe into a run folder."""
@@ -166,7 +203,9 @@ def load_recipe(run: Path) -> Recipe:
         known = {field.name for field in fields(Recipe)}
         if unknown := set(values) - known:
             raise UserError(f"{path} names options this version does not know: {', '.join(sorted(unknown))}")
-        return Recipe(**values | {"data": tuple(values.get("data", ()))})
+        lists = {key: tuple(values[key]) for key in ("data", "formats") if key in values}
+        rules = tuple((pattern, grid) for pattern, grid in values.get("rules", ()))
+        return Recipe(**values | lists | {"rules": rules})
     except UserError:
         raise
     except (OSError, AttributeError, TypeError, ValueError) as error:

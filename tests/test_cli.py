@@ -103,7 +103,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 FLAGS = (
     "bits teacher student data recipe steps batch-size seq-len lr noise init scales kl seed resume output "
-    "next-token-weight temperature loss-on cache-top-k eval-every save-every gradient-checkpointing tensorboard"
+    "next-token-weight temperature loss-on cache-top-k eval-every save-every gradient-checkpointing tensorboard "
+    "grid plan budget formats"
 )
 
 
@@ -122,6 +123,7 @@ def test_help_of_train_shows_the_defaults_of_the_recipe() -> None:
     options = {option.name: option for option in command.commands["train"].params}  # type: ignore[attr-defined]
     shown = {name: getattr(option, "show_default", None) for name, option in options.items()}
     numbers = {field.name for field in fields(Recipe)} - {"name", "teacher", "student", "data"}
+    numbers -= {"grid", "plan", "budget", "formats"}  # in place of bits
     for name in numbers & set(shown):
         if not isinstance(getattr(Recipe(), name), bool):
             assert shown[name] == str(getattr(Recipe(), name)), name
@@ -130,7 +132,7 @@ def test_help_of_train_shows_the_defaults_of_the_recipe() -> None:
 def test_help_mentions_every_verb(qad: Call) -> None:
     result = qad("--help")
     assert result.code == 0
-    for verb in ("train", "export", "verify", "run", "doctor"):
+    for verb in ("train", "quantize", "export", "verify", "run", "doctor"):
         assert re.search(rf"\b{verb}\b", result.out), verb
         assert qad(verb, "--help").code == 0
 
@@ -162,6 +164,9 @@ def test_typing_errors(qad: Call, arguments: list[str]) -> None:
     [
         ("recipe", "slow", "unknown recipe 'slow'; known: quick, thorough"),
         ("bits", "5", "no portable 5-bit grid; --bits takes 4 or 8"),
+        ("grid", "q9", "unknown grid 'q9'; known: .*q4_0"),
+        ("plan", "q4_k_x", "unknown plan 'q4_k_x'; known: a JSON file, .*q4_k_m"),
+        ("plan", "nowhere.json", r"the plan nowhere\.json does not exist"),
         ("noise", "pink", "unknown noise mode 'pink'; known: none, partial, stochastic, uniform"),
         ("init", "awq", "unknown init mode 'awq'; known: gptq, mse, rtn"),
         ("scales", "max", "unknown scale mode 'max'; known: absmax, learned, mse"),
@@ -545,6 +550,42 @@ def test_what_a_run_prints(qad: Call, tmp_path: Path, model: Path) -> None:
     assert load_recipe(tmp_path / "run").steps == 2
     log = (tmp_path / "run" / "run.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log if "loss" in json.loads(line)] == [1, 2]
+
+
+def test_quantize_and_what_it_prints(qad: Call, tmp_path: Path, model: Path) -> None:
+    """From rules in a file to an exported and verified file; the plan it saves is one for training."""
+    (tmp_path / "rules.json").write_text('{"*.v_proj.*": "q8_0", "*": "q4_0"}')
+    run = tmp_path / "run"
+    flags = ("--data", model / "text.jsonl", "--seq-len", "32", "--init", "mse")
+    result = qad("quantize", model / "teacher", *flags, "--plan", tmp_path / "rules.json", "-o", run)
+    assert result.code == 0, result
+    assert result.err == ""
+    for wanted in ("plan: 13 q4_0, 2 q8_0;", "teacher", "a plan over 4 bits (mse)", "KL", f"--plan {run}/plan.json"):
+        assert wanted in result.out, wanted
+    assert qad("export", run).code == 0
+    verified = qad("verify", run, run / "student.gguf", "--no-runtime")
+    assert (verified.code, "15 of 15" in verified.out) == (0, True)
+    check_error(qad("quantize", model / "teacher", *flags, "-o", run), "holds another run")
+    trained = qad("train", *options(model, steps=1), "--plan", run / "plan.json", "-o", tmp_path / "trained")
+    assert trained.code == 0
+    assert open_artifact(tmp_path / "trained").grids == open_artifact(run).grids
+    check_error(qad("quantize", model / "teacher", "--resume", "-o", tmp_path / "trained"), "is a run of `qad train`")
+
+
+def test_training_under_a_budget_resumes_with_its_plan(qad: Call, tmp_path: Path, model: Path) -> None:
+    run = tmp_path / "run"
+    flags = options(model, steps=1, budget=6.0, init="mse")
+    assert "expected KL" in qad("train", *flags, "-o", run).out
+    plan = json.loads((run / "plan.json").read_text())
+    assert open_artifact(run).grids == {name: grid for name, grid in plan.items() if grid != "keep"}
+    assert len(set(open_artifact(run).grids.values())) == 2
+    # Without its result the run is unfinished. Its plan is read, not measured: another one would come out the same.
+    (run / "result.json").unlink()
+    swapped = {"q4_0": "q8_0", "q8_0": "q4_0", "keep": "keep"}
+    (run / "plan.json").write_text(json.dumps({name: swapped[grid] for name, grid in plan.items()}))
+    again = qad("train", "--resume", "-o", run)
+    assert (again.code, "expected KL" in again.out) == (0, False)
+    assert open_artifact(run).grids == {name: swapped[grid] for name, grid in plan.items() if grid != "keep"}
 
 
 def test_an_interrupt_says_how_to_continue(tmp_path: Path, model: Path) -> None:

@@ -19,6 +19,7 @@ FLOORS = {
     "qad.files": 0,
     "qad.interrupts": 0,
     "qad.grid": 0,
+    "qad.budget": 0,
     "qad.architectures": 0,
     "qad.gguf_check": 0,
     "qad.devices": 0,
@@ -46,6 +47,7 @@ FLOORS = {
     "qad.student": 3,
     "qad.measure": 3,
     "qad.plan": 3,
+    "qad.plans": 3,
     "qad.gguf_load": 3,
     "qad.model": 3,
     "qad.teacher": 3,
@@ -54,12 +56,17 @@ FLOORS = {
     "qad.recipe": 4,
     "qad.recipes": 4,
     "qad.gptq_init": 4,
+    "qad.sensitivity": 4,
     # F5: training and its data
     "qad.callbacks": 5,
+    "qad.outcome": 5,
+    "qad.prepare": 5,
     "qad.train": 5,
     "qad.data": 5,
     # F6: a whole run; containers
+    "qad.planning": 6,
     "qad.distill": 6,
+    "qad.quantize": 6,
     "qad.export": 6,
     # F7: engines, proofs, reports
     "qad.runtimes": 7,
@@ -217,7 +224,7 @@ def test_importing_stays_light(module: str) -> None:
     assert not HEAVY & set(loaded)
 
 
-@pytest.mark.parametrize("verb", ["", "train", "export", "verify", "run", "doctor", "devices"])
+@pytest.mark.parametrize("verb", ["", "train", "quantize", "export", "verify", "run", "doctor", "devices"])
 def test_showing_help_stays_light(verb: str) -> None:
     out = run(
         f"""

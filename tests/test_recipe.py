@@ -34,10 +34,25 @@ def test_every_field_survives_its_json(tmp_path: Path) -> None:
         noise="uniform",
         tensorboard=True,
         seed=9,
+        grid="q8_0",
+        rules=(("*.v_proj.*", "q8_0"), ("*", "keep")),
+        formats=("gguf", "onnx"),
     )
     recipe.save(tmp_path)
     assert load_recipe(tmp_path) == recipe
     assert isinstance(load_recipe(tmp_path).data, tuple)
+    older = {key: value for key, value in recipe.to_dict().items() if key not in ("grid", "rules", "formats")}
+    (tmp_path / RECIPE_FILE).write_text(json.dumps(older))
+    assert load_recipe(tmp_path) == dataclasses.replace(recipe, grid="", rules=(), formats=("gguf",))
+
+
+def test_labels_of_plans() -> None:
+    assert Recipe().plan_label == "4 bits"
+    assert Recipe(bits=8).plan_label == "8 bits"
+    assert Recipe(grid="int4_g64").plan_label == "int4_g64"
+    assert Recipe(plan="q4_k_m").plan_label == "q4_k_m"
+    assert Recipe(budget=4.5).plan_label == "4.5 bits per weight"
+    assert Recipe(rules=(("*", "q8_0"),)).plan_label == "a plan over 4 bits"
 
 
 def test_the_folder_is_the_registry() -> None:
@@ -71,6 +86,14 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"grid": "q9"}, "unknown grid 'q9'; known: .*q4_0"),
+        ({"plan": "q4_k_x"}, "unknown plan 'q4_k_x'; known: .*q4_k_m"),
+        ({"rules": (("*", "q9"),)}, r"the pattern '\*' has the grid 'q9'"),
+        ({"budget": -1.0}, "budget must be a number from 0 on"),
+        ({"budget": NAN}, "budget must be a number from 0 on"),
+        ({"budget": 5.0, "bits": 8}, "--bits and --budget each say"),
+        ({"grid": "q4_0", "plan": "q6_k"}, "--grid and --plan each say"),
+        ({"budget": 5.0, "rules": (("*", "q4_0"),)}, "a plan of rules goes with --bits or --grid"),
         ({"bits": 5}, "no portable 5-bit grid; --bits takes 4 or 8"),
         ({"init": "awq"}, "unknown init mode 'awq'; known: gptq, mse, rtn"),
         ({"scales": "max"}, "unknown scale mode 'max'; known: absmax, learned, mse"),

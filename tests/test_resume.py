@@ -16,6 +16,7 @@ from torch import Tensor
 
 import qad.distill
 from qad.distill import distill
+from qad.outcome import Outcome
 from qad.recipe import Recipe, load_recipe
 from qad.train import QADTrainer
 from tests.helpers_runs import save_model, save_text
@@ -190,7 +191,7 @@ def test_a_kill_after_the_last_step_takes_no_step_more(
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(qad.distill.Outcome, "save", stop)
+        patch.setattr(Outcome, "save", stop)
         with pytest.raises(Stopped):
             distill(recipe, tmp_path / "stopped", resume=False, console=Console(quiet=True))
     assert (tmp_path / "stopped" / "checkpoints" / "checkpoint-7").is_dir()

@@ -20,12 +20,14 @@ from rich.console import Console
 from torch import Tensor
 
 from qad.artifact import open_artifact, tensor_sha256
-from qad.distill import Outcome, distill, gather_rows, load_outcome
+from qad.distill import distill
 from qad.errors import UserError
 from qad.files import replacing_file
 from qad.losses import IGNORE
 from qad.measure import Quality, measure
 from qad.model import load_model
+from qad.outcome import Outcome, load_outcome
+from qad.prepare import gather_rows
 from qad.recipe import Recipe
 from qad.student import Masters
 from qad.train import Collator, QADTrainer, checkpoint_step, last_checkpoint
