@@ -3,8 +3,7 @@
 No weight is read and nothing heavy is loaded. What a step reads is not what the file holds: of an embedding only the
 rows of the step's tokens are read, unless the output head is that same tensor, which is read whole.
 
-What is given up: models with mixtures of experts, whose reads depend on the text, are refused; layers with
-sliding-window attention are counted as if they kept every token.
+What is given up: models with mixtures of experts, whose reads depend on the text, are refused.
 """
 
 import dataclasses
@@ -16,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qad.architectures import head_dim, key_value_heads
+from qad.architectures import (
+    ARCHITECTURES,
+    attention_window,
+    gguf_context,
+    head_dim,
+    key_value_heads,
+    layer_types,
+)
 from qad.errors import UserError, unknown_name
 from qad.grid import get_grid, grid_for_bits
 
@@ -28,6 +34,8 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "t
 _HEADS = ("lm_head.weight", "output.weight")
 _SAFETENSORS_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _ARTIFACT_GRID_OF_ENDS = "q8_0"
+# llama.cpp's Gemma 3, unless the file says otherwise: every sixth layer sees all tokens.
+_GGUF_PATTERNS = {"gemma3": 6}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,9 @@ class ModelFacts:
         tied_head: Whether head and embedding are one tensor.
         layers, heads, head_size, hidden, feed_forward, vocabulary: Of the architecture; 0 where the file does not say.
         kv_values: Values that one token adds to the key-value cache, over all layers, keys and values together.
+        local_kv_values: Of them, those of layers that see the last ``window`` tokens only.
+        window: See ``local_kv_values``; 0 without such layers.
+        kv_item_bytes: Of a value of the cache, where the file fixes it (ONNX graphs do); None: the runtime is free.
         context: Tokens the model was trained for; 0 if the file does not say.
         arithmetic: Units that a runtime multiplies its weights on: int8 for GGUF and ONNX blocks, fp16 for others.
     """
@@ -66,6 +77,9 @@ class ModelFacts:
     kv_values: int
     context: int
     arithmetic: Literal["int8", "fp16"]
+    local_kv_values: int = 0
+    window: int = 0
+    kv_item_bytes: float | None = None
 
     def kv_bytes(self, kv_type: str = "f16") -> float:
         """Return the bytes that one token adds to the key-value cache.
@@ -73,13 +87,35 @@ class ModelFacts:
         Raises:
             UserError: No such type, or the heads are no multiple of its blocks.
         """
+        return self.kv_values * self._item_bytes(kv_type)
+
+    def kv_held(self, k: int, context: float, prompt_tokens: int = 0, kv_type: str = "f16") -> float:
+        """Return the bytes of the caches of K trajectories: their prompt once, each continuation, windows cut off.
+
+        Args:
+            k: Trajectories.
+            context: Tokens of each, the prompt included.
+            prompt_tokens: Of them, those that all share.
+            kv_type: See ``kv_bytes``.
+        """
+        tokens = prompt_tokens + k * (context - prompt_tokens)
+        near = min(tokens, k * self.window)
+        values = (self.kv_values - self.local_kv_values) * tokens + self.local_kv_values * near
+        return values * self._item_bytes(kv_type)
+
+    def _item_bytes(self, kv_type: str) -> float:
+        """Return the bytes of one value of the cache; see ``kv_bytes``."""
+        if self.kv_item_bytes is not None:
+            if kv_type != "f16":
+                raise UserError(f"the graph of {self.name} fixes the type of its cache: leave out --kv-type")
+            return self.kv_item_bytes
         if kv_type not in KV_TYPES:
             raise unknown_name("KV type", kv_type, list(KV_TYPES))
         if kv_type != "f16" and self.head_size % KV_BLOCK:
             raise UserError(
                 f"heads of {self.head_size} values are no multiple of {KV_BLOCK}, the block of {kv_type}: use f16"
             )
-        return self.kv_values * KV_TYPES[kv_type]
+        return KV_TYPES[kv_type]
 
     def on_grid(self, bits: int) -> "ModelFacts":
         """Return the facts of the GGUF file that training this model with ``--bits`` would leave."""
@@ -94,6 +130,7 @@ class ModelFacts:
             read_bytes=read,
             arithmetic="int8",
             name=f"{self.name}, {bits} bits",
+            kv_item_bytes=None,
         )
 
 
@@ -165,6 +202,7 @@ def _gguf(path: Path) -> ModelFacts:
     kv_heads = _per_layer(value("attention.head_count_kv", value("attention.head_count")), layers)
     embedding, _ = _ends(weights, path)
     floats = {"F32", "F16", "BF16"}
+    window, slides = _gguf_windows(header.metadata, kind, layers)
     quantized = any(tensor.type.name not in floats for tensor in header.tensors.values())
     return ModelFacts(
         name=path.name,
@@ -178,8 +216,21 @@ def _gguf(path: Path) -> ModelFacts:
         kv_values=sum(kv_heads) * (size + value_size),
         context=int(value("context_length", 0)),
         arithmetic="int8" if quantized else "fp16",
+        window=window,
+        local_kv_values=sum(heads for heads, slide in zip(kv_heads, slides, strict=True) if slide)
+        * (size + value_size),
         **_sum(weights, path),
     )
+
+
+def _gguf_windows(metadata: Mapping[str, Any], kind: str, layers: int) -> tuple[int, list[bool]]:
+    """Return the window of a GGUF file and which layers have it, as llama.cpp takes it."""
+    window = int(metadata.get(f"{kind}.attention.sliding_window") or 0)
+    if not window or kind not in _GGUF_PATTERNS:
+        return 0, [False] * layers
+    default = [(layer + 1) % _GGUF_PATTERNS[kind] != 0 for layer in range(layers)]
+    stored = metadata.get(f"{kind}.attention.sliding_window_pattern")
+    return window, list(stored) if isinstance(stored, list) and len(stored) == layers else default
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -224,12 +275,20 @@ def _experts(path: Path) -> UserError:
     return UserError(f"{path} is a mixture of experts, whose speed depends on the text: give a dense model")
 
 
-def _of_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts that follow from a ``config.json``."""
+def _of_config(path: Path, config: Mapping[str, Any], *, as_gguf: bool) -> dict[str, Any]:
+    """Return the facts that follow from a ``config.json``; ``as_gguf``: as llama.cpp computes the model."""
     if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise _experts(path)
     try:
         layers, size = int(config["num_hidden_layers"]), int(head_dim(config))
+        kv_values = 2 * layers * int(key_value_heads(config)) * size
+        context, window, near = int(config.get("max_position_embeddings") or 0), 0, 0
+        known = ARCHITECTURES.get(str(config.get("model_type")))
+        if known is not None:
+            context = int(gguf_context(config)) if as_gguf else context
+            if known.gguf_windows or not as_gguf:
+                window = attention_window(config) or 0
+                near = layer_types(config).count("sliding_attention") * kv_values // layers
         return {
             "layers": layers,
             "heads": int(config["num_attention_heads"]),
@@ -237,8 +296,10 @@ def _of_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             "hidden": int(config["hidden_size"]),
             "feed_forward": int(config.get("intermediate_size") or 0),
             "vocabulary": int(config["vocab_size"]),
-            "kv_values": 2 * layers * int(key_value_heads(config)) * size,
-            "context": int(config.get("max_position_embeddings") or 0),
+            "kv_values": kv_values,
+            "context": context,
+            "window": window,
+            "local_kv_values": near,
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -271,101 +332,110 @@ def _folder(path: Path) -> ModelFacts:
         name=path.name,
         format="gptq" if packed else "folder",
         arithmetic="fp16",
-        **_of_config(path, config),
+        **_of_config(path, config, as_gguf=False),
         **_sum(weights, path, bool(config.get("tie_word_embeddings"))),
     )
 
 
 def _artifact(path: Path) -> ModelFacts:
     description = _read_json(path / "artifact.json")
-    grids = description.get("grids")
-    if not isinstance(grids, dict):
-        raise UserError(f"the artifact in {path} is damaged (grids missing); train or copy it again")
+    grids, kept = description.get("grids"), description.get("kept")
+    if not isinstance(grids, dict) or not isinstance(kept, list):
+        raise UserError(f"the artifact in {path} is damaged (grids or kept missing); train or copy it again")
+    shapes = {name: shape for name, (_, shape) in _safetensors(path).items()}
     weights: list[_Weight] = []
-    for name, (_, shape) in _safetensors(path).items():
-        elements = math.prod(shape)
-        if name.endswith(".codes"):
-            tensor = name.removesuffix(".codes")
-            weights.append(_Weight(tensor, elements * get_grid(grids[tensor]).bits_per_weight / 8, elements))
-        elif not name.endswith(".scales"):
-            weights.append(_Weight(name, elements * 4, elements if len(shape) > 1 else 0))
+    try:
+        for name, grid in grids.items():
+            elements = math.prod(shapes[f"{name}.codes"])
+            weights.append(_Weight(name, elements * get_grid(grid).bits_per_weight / 8, elements))
+        for name in kept:
+            elements = math.prod(shapes[name])
+            weights.append(_Weight(name, elements * 4, elements if len(shapes[name]) > 1 else 0))
+    except KeyError as error:
+        raise UserError(f"the artifact in {path} lacks {error}; train or copy it again") from None
     return ModelFacts(
         name=path.parent.name if path.name == "artifact" else path.name,
         format="artifact",
         arithmetic="int8",
-        **_of_config(path, _read_json(path / "config.json")),
+        **_of_config(path, _read_json(path / "config.json"), as_gguf=True),
         **_sum(weights, path, bool(description.get("tied_head"))),
     )
 
 
 def _onnx(path: Path) -> ModelFacts:
-    """Read the graph of an ONNX decoder as onnxruntime-genai's model builder writes it, without its weights.
+    """Read the graph of an ONNX decoder as onnxruntime-genai runs it, without its weights.
 
-    A tensor that only a gather reads costs a row per token, any other is read whole. The key-value cache is the graph's
-    own inputs ``past_key_values.N.key`` and ``.value``.
+    A tensor that only a gather reads costs a row per token, any other is read whole. Tensors may share their bytes in
+    the data file, as a tied embedding and head do, and then count once.
     """
     try:
         import onnx
     except ImportError as error:
         raise UserError(f"reading {path} needs the onnx package: pip install 'qad[onnx]'") from error
     file = path if path.is_file() else path / "model.onnx"
+    config_file = file.with_name("genai_config.json")
     try:
         graph = onnx.load(str(file), load_external_data=False).graph
     except Exception as error:  # protobuf has its own exceptions, which differ between its implementations
         raise UserError(f"{file} cannot be read as an ONNX model ({error}): export it again") from error
-    sizes = {
-        tensor.name: (math.prod(tensor.dims), _onnx_bytes(onnx, tensor.data_type, math.prod(tensor.dims)))
-        for tensor in graph.initializer
-    }
+    config = _read_json(config_file).get("model") or {}
+    decoder = config.get("decoder") or {}
+    sizes: dict[str, float] = {}  # place of bytes -> how many
+    places: dict[str, str] = {}  # tensor -> place of its bytes
+    elements: dict[str, int] = {}
+    for tensor in graph.initializer:
+        elements[tensor.name] = math.prod(tensor.dims)
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        place = f"{external['location']}:{external.get('offset', 0)}" if external else tensor.name
+        places[tensor.name] = place
+        size = _onnx_bytes(onnx, tensor.data_type, elements[tensor.name])
+        sizes[place] = max(size, sizes.get(place, 0))
     rows: set[str] = set()
     whole: set[str] = set()
-    parameters: dict[str, int] = {}
+    matrices: dict[str, int] = {}  # weight of a product -> its parameters
+    windows: dict[int, int] = {}  # window, 0 for none -> key and value heads with it
     head = ""
     for node in graph.node:
-        gathers = node.op_type in ("Gather", "GatherBlockQuantized")
-        (rows if gathers else whole).update(name for name in node.input if name in sizes)
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        matrices = [name for name in node.input[1:2] if name in sizes]
-        if node.op_type == "MatMulNBits" and matrices:
-            parameters[matrices[0]] = attributes["K"] * attributes["N"]
-            head = matrices[0] if "lm_head" in node.name else head
-        elif node.op_type in ("MatMul", "Gemm") and matrices:
-            parameters[matrices[0]] = sizes[matrices[0]][0]
-            head = matrices[0] if "lm_head" in node.name else head
-    caches = [item for item in graph.input if item.name.startswith("past_key_values.")]
-    kv_values, head_size = 0, 0
-    for cache in caches:
-        dims = [dim.dim_value for dim in cache.type.tensor_type.shape.dim]
-        if len(dims) != 4 or not dims[1] or not dims[3]:
-            raise UserError(
-                f"{file}: the cache {cache.name} has no fixed heads; export it with onnxruntime-genai's builder"
-            )
-        kv_values, head_size = kv_values + dims[1] * dims[3], dims[3]
-    if not caches or not parameters or not rows:
-        raise UserError(f"{file} is no decoder with a key-value cache; give the folder of a language model")
-    config = (_read_json(path / "genai_config.json") if (path / "genai_config.json").is_file() else {}).get("model", {})
-    decoder = config.get("decoder", {})
-    only_rows = rows - whole
-    embedding = max(only_rows or rows, key=lambda name: sizes[name][1])
-    hidden = int(decoder.get("hidden_size", 0))
-    vocabulary = int(config.get("vocab_size", 0))
-    file_bytes = sum(size for _, size in sizes.values())
+        gathers = node.op_type in ("Gather", "GatherBlockQuantized")
+        (rows if gathers else whole).update(places[name] for name in node.input if name in places)
+        weight = node.input[1] if len(node.input) > 1 else ""
+        if node.op_type == "GroupQueryAttention":
+            window = max(0, attributes.get("local_window_size", -1))
+            windows[window] = windows.get(window, 0) + attributes["kv_num_heads"]
+        elif weight in places and node.op_type in ("MatMulNBits", "MatMul", "Gemm"):
+            packed = node.op_type == "MatMulNBits"
+            matrices[weight] = attributes["K"] * attributes["N"] if packed else elements[weight]
+            head = weight if "lm_head" in node.name else head
+    try:
+        size, hidden, vocabulary = int(decoder["head_size"]), int(decoder["hidden_size"]), int(config["vocab_size"])
+        cache = next(item for item in graph.input if item.name == decoder["inputs"]["past_key_names"] % 0)
+        item_bytes = _onnx_bytes(onnx, cache.type.tensor_type.elem_type, 1)
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise UserError(f"{config_file} lacks or garbles {error!r}; export the folder again") from error
+    if not windows or not head or not rows:
+        raise UserError(f"{file} is no decoder with attention, embedding and head; export the folder again")
+    file_bytes = sum(sizes.values())
     return ModelFacts(
         name=path.name,
         format="onnx",
         file_bytes=file_bytes,
-        read_bytes=file_bytes - sum(sizes[name][1] for name in only_rows),
-        parameters=sum(parameters.values()),
-        head_parameters=parameters.get(head, 0),
-        embedding_parameters=hidden * vocabulary or sizes[embedding][0],
-        tied_head=not only_rows,
-        layers=len(caches) // 2,
+        read_bytes=file_bytes - sum(sizes[place] for place in rows - whole),
+        parameters=sum(matrices.values()),
+        head_parameters=matrices[head],
+        embedding_parameters=hidden * vocabulary,
+        # Scales may be shared where codes are not: what counts is the larger part.
+        tied_head=max(rows, key=lambda place: sizes[place]) in whole,
+        layers=int(decoder.get("num_hidden_layers", 0)),
         heads=int(decoder.get("num_attention_heads", 0)),
-        head_size=head_size,
+        head_size=size,
         hidden=hidden,
         feed_forward=0,
         vocabulary=vocabulary,
-        kv_values=kv_values,
+        kv_values=2 * size * sum(windows.values()),
+        local_kv_values=2 * size * sum(heads for window, heads in windows.items() if window),
+        window=max(windows),
+        kv_item_bytes=item_bytes,
         context=int(config.get("context_length", 0)),
         arithmetic="int8",
     )

@@ -88,11 +88,6 @@ def _check(k: int, context: int, prompt_tokens: int) -> None:
         )
 
 
-def _held(k: int, context: float, prompt_tokens: int) -> float:
-    """Return how many tokens the caches hold: the shared prompt once, and K continuations."""
-    return prompt_tokens + k * (context - prompt_tokens)
-
-
 def step(
     device: Device,
     facts: ModelFacts,
@@ -122,7 +117,7 @@ def step(
     """
     _check(k, context, prompt_tokens)
     units = device.engine(engine)
-    kv_bytes = _held(k, context, prompt_tokens) * facts.kv_bytes(kv_type)
+    kv_bytes = facts.kv_held(k, context, prompt_tokens, kv_type)
     rate = device.read_rate(int(facts.read_bytes + kv_bytes), threads)
     ops = units.int8_ops if facts.arithmetic == "int8" else units.fp16_ops
     return Step(k, facts.read_bytes / rate, kv_bytes / rate, 2 * facts.parameters * k / ops)
@@ -183,8 +178,9 @@ def free_batch(
     """
     _check(1, context, prompt_tokens)
     units = device.engine(engine)
-    per_token = facts.kv_bytes(kv_type)
-    shared, per_k = prompt_tokens * per_token, (context - prompt_tokens) * per_token
+    one, two = (facts.kv_held(k, context, prompt_tokens, kv_type) for k in (1, 2))
+    per_k = two - one
+    shared = one - per_k
     rate = device.read_rate(int(facts.read_bytes + shared + per_k))
     ops = 2 * facts.parameters / (units.int8_ops if facts.arithmetic == "int8" else units.fp16_ops)
     by_kv = (facts.read_bytes - shared) / per_k if per_k else math.inf
@@ -232,6 +228,11 @@ def compute_buffer(facts: ModelFacts, cells: int, *, ubatch: int = UBATCH, flash
     )
 
 
+def _padded(tokens: int) -> int:
+    """Return the cells that llama.cpp makes for that many tokens."""
+    return -(-tokens // _CELLS) * _CELLS
+
+
 def memory(
     device: Device,
     facts: ModelFacts,
@@ -252,13 +253,17 @@ def memory(
         UserError: Impossible numbers, or the board has no such engine.
     """
     _check(k, context, prompt_tokens)
-    cells = -(-int(_held(k, context, prompt_tokens)) // _CELLS) * _CELLS
+    cells = _padded(prompt_tokens + k * (context - prompt_tokens))
+    # llama.cpp keeps a window for each trajectory, and room for the batch that is being computed.
+    near = min(cells, _padded(k * facts.window + ubatch)) if facts.window else 0
+    kv = facts.kv_bytes(kv_type) / facts.kv_values
+    kv *= (facts.kv_values - facts.local_kv_values) * cells + facts.local_kv_values * near
     outputs = k * facts.vocabulary * 4
     buffers = _MARGIN * compute_buffer(facts, cells, ubatch=min(ubatch, cells), flash=flash) + outputs
     on_gpu = device.engine(engine).name == "gpu"
     # A card of its own holds the model, but not the process.
     process = 0 if on_gpu and device.memory_kind == "gpu" else _PROCESS
-    return Memory(facts.file_bytes, cells * facts.kv_bytes(kv_type), buffers, process + (_GPU_CONTEXT if on_gpu else 0))
+    return Memory(facts.file_bytes, kv, buffers, process + (_GPU_CONTEXT if on_gpu else 0))
 
 
 def fits(device: Device, taken: Memory) -> bool:

@@ -215,9 +215,8 @@ def test_facts_of_a_run_and_of_its_files(tmp_path: Path, case: str) -> None:
     get("gguf").write(artifact, file)
     from_file = model_facts(file)
     differing = {"name", "format"}
-    # A file with Llama 3's rotary scaling also holds its factors, one for each half of a head.
-    factors = read_header(file).tensors.get("rope_freqs.weight")
-    extra = 0 if factors is None else factors.size
+    # A file with Llama 3's or Phi 3's rotary scaling also holds its factors.
+    extra = sum(tensor.size for name, tensor in read_header(file).tensors.items() if name.startswith("rope_"))
     for field in dataclasses.fields(ModelFacts):
         if field.name not in differing:
             more = extra if field.name in ("file_bytes", "read_bytes") else 0
@@ -230,7 +229,9 @@ def test_facts_of_a_run_and_of_its_files(tmp_path: Path, case: str) -> None:
     config = model.config
     heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     assert from_file.kv_values == 2 * config.num_hidden_layers * config.num_key_value_heads * heads
-    assert from_file.context == config.max_position_embeddings
+    # Where llama.cpp knows no windows, a file is for contexts within one.
+    shorter = config.model_type in ("mistral", "phi3") and config.sliding_window
+    assert from_file.context == (shorter or config.max_position_embeddings)
     get("gptq").write(artifact, tmp_path / "gptq")
     packed = model_facts(tmp_path / "gptq")
     assert (packed.parameters, packed.kv_values, packed.tied_head) == (expected, from_file.kv_values, tied)
@@ -266,65 +267,49 @@ def test_facts_of_smollm2() -> None:
     assert (facts.heads, facts.vocabulary, facts.context) == (9, 49152, 8192)
 
 
-def test_facts_of_an_onnx_graph(tmp_path: Path) -> None:
-    """A graph with the nodes of onnxruntime-genai's builder: blocks of 4 bits, a gathered embedding, a head apart."""
-    onnx = pytest.importorskip("onnx")
-    helper, kinds = onnx.helper, onnx.TensorProto
-
-    def weight(name: str, kind: int, *dims: int) -> object:
-        return helper.make_tensor(
-            name, kind, dims, bytes(math.prod(dims) * (1 if kind == kinds.UINT8 else 2)), raw=True
-        )
-
-    graph = helper.make_graph(
-        [
-            helper.make_node("Gather", ["embed", "input_ids"], ["x"]),
-            helper.make_node(
-                "MatMulNBits",
-                ["x", "w", "s"],
-                ["y"],
-                name="/model/layers.0/mlp/up_proj/MatMulNBits",
-                K=64,
-                N=96,
-                bits=4,
-                block_size=32,
-                domain="com.microsoft",
-            ),
-            helper.make_node("MatMul", ["y", "head"], ["logits"], name="/lm_head/MatMul"),
-        ],
-        "decoder",
-        [
-            helper.make_tensor_value_info("input_ids", kinds.INT64, ["batch", "length"]),
-            *(
-                helper.make_tensor_value_info(
-                    f"past_key_values.{layer}.{kind}", kinds.FLOAT16, ["batch", 2, "past", 32]
-                )
-                for layer in range(3)
-                for kind in ("key", "value")
-            ),
-        ],
-        [helper.make_tensor_value_info("logits", kinds.FLOAT16, ["batch", "length", 50])],
-        [
-            weight("embed", kinds.FLOAT16, 50, 64),
-            weight("w", kinds.UINT8, 96, 2, 16),
-            weight("s", kinds.FLOAT16, 96, 2),
-            weight("head", kinds.FLOAT16, 96, 50),
-        ],
-    )
-    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
-    (tmp_path / "genai_config.json").write_text(
-        json.dumps({"model": {"vocab_size": 50, "context_length": 77, "decoder": {"hidden_size": 64}}})
-    )
-    facts = model_facts(tmp_path)
-    linear, scales, head = 96 * 32, 96 * 2 * 2, 96 * 50 * 2
-    assert facts.read_bytes == linear + scales + head
-    assert facts.file_bytes == facts.read_bytes + 50 * 64 * 2
-    assert (facts.parameters, facts.head_parameters) == (64 * 96 + 96 * 50, 96 * 50)
-    assert facts.kv_values == 3 * 2 * 2 * 32
-    assert (facts.context, facts.tied_head) == (77, False)
-    (tmp_path / "model.onnx").write_bytes(b"Dear diary")
+@pytest.mark.parametrize("case", ["llama-tied", "llama-untied"])
+def test_facts_of_an_onnx_folder(tmp_path: Path, case: str) -> None:
+    """Against the run it was exported from: scales in float32 there, caches in the graph's float32."""
+    pytest.importorskip("onnx")
+    artifact = make_artifact(tmp_path / "run", case)
+    folder = tmp_path / "onnx"
+    get("onnx").write(artifact, folder)
+    facts, run = model_facts(folder), model_facts(tmp_path / "run")
+    for name in ("parameters", "head_parameters", "kv_values", "layers", "heads", "hidden", "vocabulary", "tied_head"):
+        assert getattr(facts, name) == getattr(run, name), name
+    assert (facts.window, facts.local_kv_values) == (0, 0)
+    assert facts.kv_bytes() == 4 * run.kv_values
+    with pytest.raises(UserError, match="fixes the type of its cache"):
+        facts.kv_bytes("q8_0")
+    # Every byte of the data file, but for padding and what the graph makes itself (rotary tables, constants).
+    inside = (folder / "model.onnx.data").stat().st_size
+    assert abs(facts.file_bytes - inside) < 0.35 * inside
+    assert facts.file_bytes - facts.read_bytes == pytest.approx(run.file_bytes - run.read_bytes, rel=0.1)
+    (folder / "model.onnx").write_bytes(b"Dear diary")
     with pytest.raises(UserError, match="cannot be read as an ONNX model"):
-        model_facts(tmp_path)
+        model_facts(folder)
+
+
+def test_windows_of_a_file_and_of_its_run(tmp_path: Path) -> None:
+    """Gemma 3: the pattern of its configuration, in the file and without it."""
+    artifact = make_artifact(tmp_path / "run", "gemma3")
+    get("gguf").write(artifact, tmp_path / "student.gguf")
+    types = artifact.config["layer_types"]
+    facts = model_facts(tmp_path / "student.gguf")
+    assert 0 < types.count("sliding_attention") < len(types)
+    assert facts.window == artifact.config["sliding_window"]
+    assert facts.local_kv_values == facts.kv_values * types.count("sliding_attention") // len(types)
+
+
+def test_windows_by_hand() -> None:
+    """Six of seven layers see the last 100 tokens: 7 values a token, of which 6 are local."""
+    facts = dataclasses.replace(SIMPLE, kv_values=7, local_kv_values=6, window=100, head_size=32)
+    assert facts.kv_bytes() == 14
+    assert facts.kv_held(1, 80) == 80 * 14
+    assert facts.kv_held(1, 1000) == 2 * (1000 + 600)
+    assert facts.kv_held(4, 1000, 900) == 2 * (1300 + 6 * 400)
+    # 1300 tokens in cells of 256, and for windows 4 x 100 and a batch of 512.
+    assert memory(board(), facts, 4, 1000, prompt_tokens=900).kv == 2 * (1536 + 6 * 1024)
 
 
 def spoil_config(folder: Path, **changes: object) -> None:
