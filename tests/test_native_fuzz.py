@@ -128,14 +128,14 @@ def test_the_scalar_code_is_the_reference(fuzzer: list[str], tmp_path: Path) -> 
 
 FAULTS = {
     "of two extremes the negative one": (
-        "cpu/fake_quant.h",
+        "cpu/elements.h",
         "return bit_xor(rotate_left_1(bits_of(value)), set_words(1))",
         "return rotate_left_1(bits_of(value))",
     ),
     "a scale written too many": (
         "cpu/fake_quant.h",
-        "memcpy(job->used_scales + b, scales.scale, (size_t)blocks * 4)",
-        "memcpy(job->used_scales + b, scales.scale, (size_t)blocks * 4 + 4)",
+        "memcpy(job.used_scales + batch.block, batch.scales.scale, (size_t)batch.blocks * 4)",
+        "memcpy(job.used_scales + batch.block, batch.scales.scale, (size_t)batch.blocks * 4 + 4)",
     ),
 }
 

@@ -1,14 +1,18 @@
 /* Fake quantization, quantization and dequantization of a range of blocks, a batch of elements at a time.
  *
  * A batch runs in stages over memory that is in the first-level cache by then: keys of the blocks (their largest
- * element), scales of all blocks at once, random bits, codes. Rounding adds and subtracts 1.5 x 2^23, which rounds half
- * to even on every instruction set, after clamping, which commutes with it because the ends of the range are integers;
- * it also turns -0 into the one zero that a code has.
+ * element), scales of all blocks at once, random bits, codes. The scales of the next batch are found before the codes of
+ * this one, so that the latency of their divisions has something to hide behind. Rounding adds and subtracts 1.5 x 2^23,
+ * which rounds half to even on every instruction set, after clamping, which commutes with it because the ends of the
+ * range are integers; it also turns -0 into the one zero that a code has.
+ *
+ * Weights and outputs of one dtype are worked on as they are; of two, they are staged as fp32.
  */
 #ifndef QAD_FAKE_QUANT_H
 #define QAD_FAKE_QUANT_H
 
 #include "../numerics.h"
+#include "elements.h"
 #include "kernels.h"
 #include "random.h"
 #include "simd.h"
@@ -16,86 +20,63 @@
 namespace {
 
 constexpr int chunk = 32; /* elements per step of the inner loops: every block is some of them */
-constexpr int vectors = chunk / width;
+constexpr int pair = 2 * width;
 constexpr int most_blocks = QAD_BATCH / 32;
 constexpr uint32_t quiet_nan = 0x7fc00000u;
 
-QAD_INLINE int size_of(int dtype) { return dtype == QAD_F32 ? 4 : 2; }
-
-/* Memory that the next batch will want, asked for a chunk at a time while this one is computed: stages that only compute
- * would else leave the memory idle. Asking for what lies beyond the end is harmless. Lines to be written are asked for
- * only where they come from memory: out of a cache, that gets in the way (of a copy's rate, fp32 forward: 0.97 without
- * and 0.93 with it at 1536 x 576; 0.96 without and 1.06 with it at 4096 x 4096). */
+/* Memory that will be wanted, asked for a chunk at a time while a batch is computed: stages that only compute would else
+ * leave the memory idle. Asking for what lies beyond the end is harmless. */
 struct Ahead {
     const char *in, *out;
-    int in_bytes, out_bytes; /* of a chunk */
+    int in_bytes, out_bytes; /* of a chunk: 64 or 128, or 0 */
 
     void ask() {
-        for (int byte = 0; byte < in_bytes; byte += 64) __builtin_prefetch(in + byte, 0, 3);
-        for (int byte = 0; byte < out_bytes; byte += 64) __builtin_prefetch(out + byte, 1, 2);
+        __builtin_prefetch(in, 0, 3);
+        if (in_bytes > 64) __builtin_prefetch(in + 64, 0, 3);
         in += in_bytes;
+        if (!out_bytes) return;
+        __builtin_prefetch(out, 1, 2);
+        if (out_bytes > 64) __builtin_prefetch(out + 64, 1, 2);
         out += out_bytes;
     }
 };
 
-QAD_INLINE Ahead ahead(const qad_fake_quantize_job *job, int64_t first) {
+/* The weights of the batch after the next, whose scales are being found by then, and what the next one writes. Lines to
+ * be written are asked for only where they come from memory: out of a cache, that gets in the way (of a copy's rate, fp32
+ * forward: 0.97 without and 0.93 with it at 1536 x 576). */
+QAD_INLINE Ahead ahead(const qad_fake_quantize_job *job, int64_t first, bool ask_for_out) {
     const int in = size_of(job->weights_dtype), out = size_of(job->out_dtype);
-    return {(const char *)job->weights + in * first, (const char *)job->out + out * first, in * chunk,
-            job->streams ? out * chunk : 0};
+    return {(const char *)job->weights + in * (first + 2 * QAD_BATCH), (const char *)job->out + out * (first + QAD_BATCH),
+            in * chunk, ask_for_out ? out * chunk : 0};
 }
 
-QAD_CALLED const float *load_elements(const void *from, int dtype, int64_t first, int count, float *buffer) {
-    if (dtype == QAD_F32) return (const float *)from + first;
-    const uint16_t *source = (const uint16_t *)from + first;
-    if (dtype == QAD_BF16)
-        for (int i = 0; i < count; i += width) store(buffer + i, load_bfloat(source + i));
-    else
-        for (int i = 0; i < count; i += width) store(buffer + i, load_half(source + i));
-    return buffer;
-}
-
-/* Values that are not NaN. */
-QAD_CALLED void store_elements(void *to, int dtype, int64_t first, int count, const float *buffer) {
-    uint16_t *target = (uint16_t *)to + first;
-    if (dtype == QAD_BF16)
-        for (int i = 0; i < count; i += width) store_bfloat(target + i, load(buffer + i));
-    else
-        for (int i = 0; i < count; i += width) store_half(target + i, load(buffer + i));
-}
-
-/* See qad_element_key. */
-QAD_INLINE U key_of(F value) { return bit_xor(rotate_left_1(bits_of(value)), set_words(1)); }
-
-QAD_INLINE U block_key(const float *values, int block) {
-    U key = key_of(load(values));
-    for (int i = width; i < block; i += width) key = max_words(key, key_of(load(values + i)));
-    return key;
-}
-
-template <int block> QAD_INLINE void find_keys_of(const float *values, int blocks, uint32_t *keys) {
+template <int dtype, int block>
+QAD_INLINE void find_orders(const typename Elements<dtype>::Stored *values, int blocks, uint32_t *orders) {
+    typedef Elements<dtype> E;
     int b = 0;
     for (; b + 4 <= blocks; b += 4, values += 4 * block)
-        reduce_max_4(keys + b, block_key(values, block), block_key(values + block, block),
-                     block_key(values + 2 * block, block), block_key(values + 3 * block, block));
-    for (; b < blocks; ++b, values += block) keys[b] = reduce_max(block_key(values, block));
+        reduce_max_4(orders + b, E::order_of(values, block), E::order_of(values + block, block),
+                     E::order_of(values + 2 * block, block), E::order_of(values + 3 * block, block));
+    for (; b < blocks; ++b, values += block) orders[b] = reduce_max(E::order_of(values, block));
 }
 
-QAD_CALLED void find_keys(const float *values, int blocks, int block, uint32_t *keys) {
+/* The key of each block, padded with zeros to whole vectors. */
+template <int dtype>
+QAD_CALLED void find_keys(const typename Elements<dtype>::Stored *values, int blocks, int block, uint32_t *keys) {
     if (block == 32)
-        find_keys_of<32>(values, blocks, keys);
+        find_orders<dtype, 32>(values, blocks, keys);
     else if (block == 64)
-        find_keys_of<64>(values, blocks, keys);
+        find_orders<dtype, 64>(values, blocks, keys);
     else
-        find_keys_of<128>(values, blocks, keys);
+        find_orders<dtype, 128>(values, blocks, keys);
+    for (int b = blocks; b % width; ++b) keys[b] = 0;
+    if (dtype != QAD_F32)
+        for (int b = 0; b < blocks; b += width) store_words(keys + b, Elements<dtype>::key_from(load_words(keys + b)));
 }
 
-QAD_CALLED bool all_finite(const float *values, int count) {
-    U key[vectors];
-    for (int v = 0; v < vectors; ++v) key[v] = set_words(0);
-    for (int i = 0; i < count; i += chunk)
-        for (int v = 0; v < vectors; ++v) key[v] = max_words(key[v], rotate_left_1(bits_of(load(values + i + v * width))));
-    for (int v = 1; v < vectors; ++v) key[0] = max_words(key[0], key[v]);
-    return reduce_max(key[0]) < QAD_KEY_NOT_FINITE;
+template <int dtype> QAD_CALLED bool all_finite(const typename Elements<dtype>::Stored *values, int count) {
+    const U largest = set_words(reduce_max(Elements<dtype>::order_of(values, count)));
+    return reduce_max(Elements<dtype>::key_from(largest)) < QAD_KEY_NOT_FINITE;
 }
 
 /* The scales of a batch, and which of its blocks are damaged. Arrays are padded to whole vectors. */
@@ -103,6 +84,7 @@ struct Scales {
     float scale[most_blocks + width], inverse[most_blocks + width];
     bool damaged[most_blocks];
     int damaged_count;
+    bool in_range; /* absmax scales, none of them cut off: no element lies far beyond the last codes */
 };
 
 QAD_INLINE F round_scales(F value, const qad_grid &grid) {
@@ -119,21 +101,22 @@ QAD_INLINE F round_scales(F value, const qad_grid &grid) {
     return choose(less_equal(value, value), magnitude, float_of(set_words(quiet_nan)));
 }
 
-QAD_CALLED void find_scales(const float *values, const float *given, int blocks, const qad_grid &grid, Scales &out) {
+template <int dtype>
+QAD_CALLED void find_scales(const typename Elements<dtype>::Stored *values, const float *given, int blocks,
+                            const qad_grid &grid, Scales &out) {
     uint32_t keys[most_blocks + width];
     float padded[most_blocks + width];
     bool look = false;
     if (given) {
         memcpy(padded, given, (size_t)blocks * 4);
         for (int b = blocks; b % width; ++b) padded[b] = 1.0f;
-        look = !all_finite(values, blocks * grid.block);
-        if (look) find_keys(values, blocks, grid.block, keys);
+        look = !all_finite<dtype>(values, blocks * grid.block);
+        if (look) find_keys<dtype>(values, blocks, grid.block, keys);
     } else {
-        find_keys(values, blocks, grid.block, keys);
-        for (int b = blocks; b % width; ++b) keys[b] = 0;
+        find_keys<dtype>(values, blocks, grid.block, keys);
     }
     const F end = set((float)(grid.signed_scale ? grid.code_min : grid.code_max)), zero = set(0.0f);
-    U any_bad = set_words(0);
+    U any_bad = set_words(0), largest = set_words(0);
     for (int b = 0; b < blocks; b += width) {
         F scale;
         if (given) {
@@ -149,9 +132,14 @@ QAD_CALLED void find_scales(const float *values, const float *given, int blocks,
             scale = choose(less_equal(sub(extreme, extreme), zero), scale, float_of(set_words(quiet_nan)));
         }
         any_bad = bit_or(any_bad, bits_of(choose(less_equal(scale, scale), zero, set(1.0f))));
+        largest = max_words(largest, bit_and(bits_of(scale), set_words(0x7fffffffu)));
         store(out.scale + b, scale);
         store(out.inverse + b, div(set(1.0f), scale));
     }
+    const float ceiling = grid.scale_ceiling;
+    uint32_t ceiling_bits;
+    memcpy(&ceiling_bits, &ceiling, 4);
+    out.in_range = !given && reduce_max(largest) < ceiling_bits;
     out.damaged_count = 0;
     if (!look && reduce_max(any_bad) == 0) return;
     for (int b = 0; b < blocks; ++b) {
@@ -160,92 +148,163 @@ QAD_CALLED void find_scales(const float *values, const float *given, int blocks,
     }
 }
 
-/* The noise of a batch: 16 random bits for each element, and whether a block is rounded hard. */
-struct Draws {
-    uint16_t element[QAD_BATCH];
-    float block[most_blocks];
+/* Some blocks on their way through the stages. */
+struct Batch {
+    int64_t block, element; /* the first ones */
+    int blocks, count;      /* of blocks and of elements */
+    const void *weights;    /* of the dtype that is worked on */
+    Scales scales;
+    alignas(64) float staged[QAD_BATCH];
 };
 
-QAD_INLINE F round_code(F clamped) {
-    const F magic = set(12582912.0f);
-    return sub(add(clamped, magic), magic);
+constexpr float rounding_magic = 0x1.8p23f;
+
+/* The noise of a batch: 16 random bits for each element and, where some blocks are rounded hard, what makes the
+ * difference: their noise is a product with 0, and other blocks are rounded by adding and subtracting 0. */
+struct Draws {
+    uint16_t element[QAD_BATCH];
+    float amplitude[most_blocks + width], offset[most_blocks + width], magic[most_blocks + width];
+};
+
+struct Treatment {
+    F amplitude, offset, magic;
+};
+
+QAD_INLINE float offset_of(int mode) { return mode == QAD_NOISE_UNIFORM ? 0x1p-17f - 0.5f : 0x1p-17f; }
+
+template <int mode, bool mixed> QAD_INLINE Treatment treatment_of(const Draws &draws, int block) {
+    if (mixed) return {set(draws.amplitude[block]), set(draws.offset[block]), set(draws.magic[block])};
+    return {set(0x1p-16f), set(offset_of(mode)), set(rounding_magic)};
 }
+
+QAD_INLINE F round_code(F clamped, F magic) { return sub(add(clamped, magic), magic); }
 
 /* The (fractional, unless hard) code of a scaled weight. A sum with noise is never -0: the noise is never zero, and what
  * cancels gives +0. */
 template <int mode, bool mixed>
-QAD_INLINE F code_of(F scaled, const uint16_t *random, M hard, F low, F high) {
+QAD_INLINE F code_of(F scaled, U random, const Treatment &treatment, F low, F high) {
     F moved = scaled;
-    if (mode == QAD_NOISE_UNIFORM) moved = add(scaled, uniform_from(widen(random), -0.5f));
-    if (mode == QAD_NOISE_STOCHASTIC) moved = add(scaled, uniform_from(widen(random), 0.0f));
-    if (mixed && mode != QAD_NOISE_PARTIAL) moved = choose(hard, scaled, moved);
+    if (mode == QAD_NOISE_UNIFORM || mode == QAD_NOISE_STOCHASTIC) /* the product is exact */
+        moved = add(scaled, fused_add(convert(random), treatment.amplitude, treatment.offset));
     moved = min_of(high, max_of(low, moved));
-    if (mode == QAD_NOISE_NONE) return round_code(moved);
-    F soft = moved;
-    if (mode == QAD_NOISE_STOCHASTIC) soft = floor_of(moved);
-    if (mode == QAD_NOISE_PARTIAL) soft = add(moved, set(0.0f));
-    return mixed ? choose(hard, round_code(moved), soft) : soft;
+    if (mode == QAD_NOISE_STOCHASTIC) {
+        const F down = floor_of(moved);
+        return mixed ? choose(less(set(0.0f), treatment.magic), round_code(moved, treatment.magic), down) : down;
+    }
+    if (mode == QAD_NOISE_NONE || mixed) return round_code(moved, treatment.magic);
+    return mode == QAD_NOISE_PARTIAL ? add(moved, set(0.0f)) : moved;
 }
 
-template <int mode, bool mixed>
-void forward_batch(const float *values, float *out, int blocks, const qad_grid &grid, const Scales &scales,
-                   const Draws &draws, float hard_share, Ahead next) {
-    const F low = set((float)grid.code_min), high = set((float)grid.code_max), share = set(hard_share);
-    const uint16_t *random = draws.element;
-    for (int b = 0; b < blocks; ++b) {
-        const F scale = set(scales.scale[b]), inverse = set(scales.inverse[b]);
-        M hard = less(share, share);
-        if (mixed) hard = less(set(draws.block[b]), share);
-        for (int i = 0; i < grid.block; i += chunk) {
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) {
-                const F scaled = mul(load(values + v * width), inverse);
-                store(out + v * width, mul(code_of<mode, mixed>(scaled, random + v * width, hard, low, high), scale));
-            }
-            next.ask();
-            values += chunk;
-            out += chunk;
-            random += chunk;
+QAD_INLINE int chunks_per_block_log2(const qad_grid &grid) { return grid.block == 32 ? 0 : grid.block == 64 ? 1 : 2; }
+
+template <int dtype, int mode, bool mixed>
+void forward_batch(const Batch &batch, void *to, const qad_grid &grid, const Draws &draws, Ahead next) {
+    typedef Elements<dtype> E;
+    const F low = set((float)grid.code_min), high = set((float)grid.code_max);
+    const typename E::Stored *values = (const typename E::Stored *)batch.weights;
+    typename E::Stored *out = (typename E::Stored *)to;
+    const int more = chunks_per_block_log2(grid), chunks = batch.count / chunk;
+    for (int c = 0; c < chunks; ++c) {
+        const int b = c >> more;
+        const F scale = set(batch.scales.scale[b]), inverse = set(batch.scales.inverse[b]);
+        const Treatment treatment = treatment_of<mode, mixed>(draws, b);
+        next.ask();
+#pragma GCC unroll 4
+        for (int i = c * chunk; i < (c + 1) * chunk; i += pair) {
+            const Pair scaled = E::load_pair(values + i).times(inverse);
+            const WordPair random = E::random_pair(draws.element + i);
+            const Pair codes = {code_of<mode, mixed>(scaled.first, random.first, treatment, low, high),
+                                code_of<mode, mixed>(scaled.second, random.second, treatment, low, high)};
+            E::store_pair(out + i, codes.times(scale));
         }
     }
 }
 
-void mask_batch(const float *values, float *grad, int blocks, const qad_grid &grid, const Scales &scales, Ahead next) {
-    const F first = set((float)grid.code_min - 0.5f), last = set((float)grid.code_max + 0.5f);
-    for (int b = 0; b < blocks; ++b) {
-        const F inverse = set(scales.inverse[b]);
-        for (int i = 0; i < grid.block; i += chunk) {
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) {
-                const F scaled = mul(load(values + v * width), inverse);
-                const M inside = both(less_equal(first, scaled), less_equal(scaled, last));
-                store(grad + v * width, keep_if(inside, load(grad + v * width)));
-            }
+#ifdef QAD_HAS_LOOK_UP
+/* Hard rounding of 16-bit weights to codes of 4 bits. A rounding sum ends in the code, and that looks up what is stored:
+ * the products of a block's scale and the sixteen codes are rounded to 16 bits, not those of its elements. */
+template <int dtype> struct LookUp {
+    typedef Elements<dtype> E;
+
+    float codes[width];
+    uint16_t halves[2 * width]; /* which half of the products a rounding sum means by its lowest 5 bits, clamped */
+    uint16_t order[2 * width];  /* of a pair's halves in memory */
+
+    static bool serves(const qad_grid &grid) { return grid.code_min >= -8 && grid.code_max <= 7; }
+
+    explicit LookUp(const qad_grid &grid) {
+        for (int i = 0; i < width; ++i) codes[i] = (float)(grid.code_min + i);
+        for (int i = 0; i < 2 * width; ++i) {
+            const int code = i < width ? i : i - 2 * width;
+            const int clamped = code < grid.code_min ? grid.code_min : code > grid.code_max ? grid.code_max : code;
+            halves[i] = (uint16_t)E::half_of(clamped - grid.code_min);
+            order[E::place_of(i)] = (uint16_t)i;
+        }
+    }
+
+    void forward_batch(const Batch &batch, void *to, const qad_grid &grid, Ahead next) const {
+        const F code = load(codes), magic = set(rounding_magic);
+        const U half = load_words(halves), in_order = load_words(order);
+        const uint16_t *values = (const uint16_t *)batch.weights;
+        uint16_t *out = (uint16_t *)to;
+        const int more = chunks_per_block_log2(grid), chunks = batch.count / chunk;
+        for (int c = 0; c < chunks; ++c) {
+            const F scale = set(batch.scales.scale[c >> more]), inverse = set(batch.scales.inverse[c >> more]);
             next.ask();
-            values += chunk;
-            grad += chunk;
+            const U table = look_up_halves(E::stored(mul(code, scale)), half);
+            const Pair scaled = E::load_pair(values + c * chunk).times(inverse);
+            const U first = bits_of(add(scaled.first, magic)), second = bits_of(add(scaled.second, magic));
+            const U stored = look_up_halves(table, join_halves(first, shift_left(second, 16)));
+            store_words(out + c * chunk, dtype == QAD_BF16 ? stored : look_up_halves(stored, in_order));
+        }
+    }
+};
+#endif
+
+/* Whether a gradient passes: the weight is at most half a step beyond the last code. */
+struct Inside {
+    F first, last;
+    explicit Inside(const qad_grid &grid)
+        : first(set((float)grid.code_min - 0.5f)), last(set((float)grid.code_max + 0.5f)) {}
+    M operator()(F scaled) const { return both(less_equal(first, scaled), less_equal(scaled, last)); }
+};
+
+template <int dtype> void mask_batch(const Batch &batch, void *to, const qad_grid &grid, Ahead next) {
+    typedef Elements<dtype> E;
+    const Inside inside(grid);
+    const typename E::Stored *values = (const typename E::Stored *)batch.weights;
+    typename E::Stored *grad = (typename E::Stored *)to;
+    const int more = chunks_per_block_log2(grid), chunks = batch.count / chunk;
+    for (int c = 0; c < chunks; ++c) {
+        const F inverse = set(batch.scales.inverse[c >> more]);
+        next.ask();
+#pragma GCC unroll 4
+        for (int i = c * chunk; i < (c + 1) * chunk; i += pair) {
+            const Pair scaled = E::load_pair(values + i).times(inverse);
+            E::keep_pair_if(grad + i, inside(scaled.first), inside(scaled.second));
         }
     }
 }
 
-template <int mode, bool mixed>
-void learn_batch(const float *values, float *grad, float *grad_scales, int blocks, const qad_grid &grid,
-                 const Scales &scales, const Draws &draws, float hard_share, Ahead next) {
-    const F low = set((float)grid.code_min), high = set((float)grid.code_max), share = set(hard_share);
-    const F first = set((float)grid.code_min - 0.5f), last = set((float)grid.code_max + 0.5f);
+template <int mode>
+void learn_batch(const Batch &batch, float *grad, float *grad_scales, const qad_grid &grid, const Draws &draws,
+                 Ahead next) {
+    const F low = set((float)grid.code_min), high = set((float)grid.code_max);
+    constexpr bool mixed = mode != QAD_NOISE_NONE;
+    const Inside inside(grid);
+    const float *values = (const float *)batch.weights;
     const uint16_t *random = draws.element;
-    for (int b = 0; b < blocks; ++b) {
-        const F inverse = set(scales.inverse[b]);
-        M hard = less(share, share);
-        if (mixed) hard = less(set(draws.block[b]), share);
+    for (int b = 0; b < batch.blocks; ++b) {
+        const F inverse = set(batch.scales.inverse[b]);
+        const Treatment treatment = treatment_of<mode, mixed>(draws, b);
         F products[128 / width];
         int count = grid.block / width;
         for (int i = 0; i < count; ++i) {
             const F scaled = mul(load(values), inverse), slope = load(grad);
-            const M inside = both(less_equal(first, scaled), less_equal(scaled, last));
-            const F code = code_of<mode, mixed>(scaled, random, hard, low, high);
-            products[i] = mul(sub(code, keep_if(inside, scaled)), slope);
-            store(grad, keep_if(inside, slope));
+            const M passes = inside(scaled);
+            const F code = code_of<mode, mixed>(scaled, widen(random), treatment, low, high);
+            products[i] = mul(sub(code, keep_if(passes, scaled)), slope);
+            store(grad, keep_if(passes, slope));
             values += width;
             grad += width;
             random += width;
@@ -260,27 +319,33 @@ void learn_batch(const float *values, float *grad, float *grad_scales, int block
 /* How the noise of a job works out. */
 struct Mode {
     int mode;
-    bool mixed;
-    explicit Mode(const qad_noise &noise) : mode(noise.mode), mixed(false) {
+    bool mixed; /* blocks differ, or are treated as if they did: each variant costs the first build time */
+    Mode(const qad_noise &noise, bool always_mixed) : mode(noise.mode), mixed(false) {
         if (noise.hard_share >= 1.0f) mode = QAD_NOISE_NONE;
-        if (mode != QAD_NOISE_NONE) mixed = noise.hard_share > 0.0f;
+        if (mode != QAD_NOISE_NONE) mixed = always_mixed || mode == QAD_NOISE_PARTIAL || noise.hard_share > 0.0f;
     }
     bool draws_elements() const { return mode == QAD_NOISE_UNIFORM || mode == QAD_NOISE_STOCHASTIC; }
 };
 
-QAD_CALLED void fill_blocks(Draws &draws, int64_t first, int blocks, const Random &random) {
-    uint16_t bits[most_blocks + random_step];
-    fill_random(bits, first, blocks, random);
-    for (int b = 0; b < blocks; ++b) draws.block[b] = ((float)bits[b] + 0.5f) * 0x1p-16f;
+QAD_CALLED void fill_blocks(Draws &draws, int64_t first, int blocks, const Random &random, int mode, float hard_share) {
+    uint16_t bits[most_blocks + random_step(1)];
+    fill_random<1>(bits, first, blocks, random);
+    const F zero = set(0.0f), amplitude = set(0x1p-16f), offset = set(offset_of(mode)), magic = set(rounding_magic);
+    for (int b = 0; b < blocks; b += width) {
+        const M hard = less(uniform_from(widen(bits + b), 0.0f), set(hard_share));
+        store(draws.amplitude + b, choose(hard, zero, amplitude));
+        store(draws.offset + b, choose(hard, zero, offset));
+        store(draws.magic + b, keep_if(hard, magic));
+    }
 }
 
-/* Overwrite the damaged blocks of a batch that begins at element `first`. */
-void fill_damaged(void *to, int dtype, int64_t first, int blocks, int block, const Scales &scales, bool with_nan) {
+/* Overwrite the damaged blocks of a batch. */
+template <int dtype> void fill_damaged(void *to, const Batch &batch, int block, bool with_nan) {
     const uint32_t word = with_nan ? quiet_nan : 0u;
     const uint16_t half = (uint16_t)(!with_nan ? 0u : dtype == QAD_BF16 ? 0x7fc0u : 0x7e00u);
-    for (int b = 0; b < blocks; ++b) {
-        if (!scales.damaged[b]) continue;
-        for (int64_t i = first + b * block; i < first + (b + 1) * block; ++i) {
+    for (int b = 0; b < batch.blocks; ++b) {
+        if (!batch.scales.damaged[b]) continue;
+        for (int i = b * block; i < (b + 1) * block; ++i) {
             if (dtype == QAD_F32)
                 memcpy((float *)to + i, &word, 4);
             else
@@ -289,89 +354,157 @@ void fill_damaged(void *to, int dtype, int64_t first, int blocks, int block, con
     }
 }
 
-int64_t fake_quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
-    const qad_grid grid = job->grid;
-    const qad_noise &noise = job->noise;
-    const Mode mode(noise);
-    const Random elements(noise.seed_low, noise.seed_high, noise.tensor, noise.step, QAD_STREAM_ELEMENT);
-    const Random hardness(noise.seed_low, noise.seed_high, noise.tensor, noise.step, QAD_STREAM_BLOCK);
-    const int per_batch = QAD_BATCH / grid.block;
-    alignas(64) float in_buffer[QAD_BATCH], out_buffer[QAD_BATCH];
-    Scales scales;
+/* A job, and what it takes to walk over its batches. */
+template <int dtype> struct Walk {
+    typedef typename Elements<dtype>::Stored Stored;
+
+    const qad_fake_quantize_job &job;
+    const Mode mode;
+    const Random elements, hardness;
+    const int per_batch;
+    Batch batches[2]; /* this one and the next */
     Draws draws;
-    int64_t damaged = 0;
-    for (int64_t b = begin; b < end; b += per_batch) {
-        const int blocks = (int)(end - b < per_batch ? end - b : per_batch), count = blocks * grid.block;
-        const int64_t first = b * grid.block;
-        const float *values = load_elements(job->weights, job->weights_dtype, first, count, in_buffer);
-        float *out = job->out_dtype == QAD_F32 ? (float *)job->out + first : out_buffer;
-        if (mode.draws_elements()) fill_random(draws.element, first, count, elements);
-        find_scales(values, job->scales ? job->scales + b : nullptr, blocks, grid, scales);
-        if (mode.mixed) fill_blocks(draws, b, blocks, hardness);
-        const Ahead next = ahead(job, first + QAD_BATCH);
-        if (mode.mode == QAD_NOISE_NONE)
-            forward_batch<QAD_NOISE_NONE, false>(values, out, blocks, grid, scales, draws, 0, next);
-        else if (mode.mode == QAD_NOISE_UNIFORM)
-            (mode.mixed ? forward_batch<QAD_NOISE_UNIFORM, true> : forward_batch<QAD_NOISE_UNIFORM, false>)(
-                values, out, blocks, grid, scales, draws, noise.hard_share, next);
-        else if (mode.mode == QAD_NOISE_STOCHASTIC)
-            (mode.mixed ? forward_batch<QAD_NOISE_STOCHASTIC, true> : forward_batch<QAD_NOISE_STOCHASTIC, false>)(
-                values, out, blocks, grid, scales, draws, noise.hard_share, next);
-        else
-            (mode.mixed ? forward_batch<QAD_NOISE_PARTIAL, true> : forward_batch<QAD_NOISE_PARTIAL, false>)(
-                values, out, blocks, grid, scales, draws, noise.hard_share, next);
-        if (job->out_dtype != QAD_F32) store_elements(job->out, job->out_dtype, first, count, out);
-        if (scales.damaged_count) fill_damaged(job->out, job->out_dtype, first, blocks, grid.block, scales, true);
-        damaged += scales.damaged_count;
-        if (job->used_scales) memcpy(job->used_scales + b, scales.scale, (size_t)blocks * 4);
+
+    explicit Walk(const qad_fake_quantize_job &of, bool always_mixed = false)
+        : job(of), mode(of.noise, always_mixed),
+          elements(of.noise.seed_low, of.noise.seed_high, of.noise.tensor, of.noise.step, QAD_STREAM_ELEMENT),
+          hardness(of.noise.seed_low, of.noise.seed_high, of.noise.tensor, of.noise.step, QAD_STREAM_BLOCK),
+          per_batch(QAD_BATCH / of.grid.block) {}
+
+    /* Find the scales of the batch that begins with a block. */
+    void prepare(Batch &batch, int64_t block, int64_t end) const {
+        batch.block = block;
+        batch.element = block * job.grid.block;
+        batch.blocks = (int)(end - block < per_batch ? end - block : per_batch);
+        batch.count = batch.blocks * job.grid.block;
+        batch.weights = dtype == QAD_F32
+                            ? load_elements(job.weights, job.weights_dtype, batch.element, batch.count, batch.staged)
+                            : (const void *)((const Stored *)job.weights + batch.element);
+        find_scales<dtype>((const Stored *)batch.weights, job.scales ? job.scales + block : nullptr, batch.blocks,
+                           job.grid, batch.scales);
     }
+
+    void draw(const Batch &batch) {
+        if (mode.draws_elements()) fill_random(draws.element, batch.element, batch.count, elements);
+        if (mode.mixed) fill_blocks(draws, batch.block, batch.blocks, hardness, mode.mode, job.noise.hard_share);
+    }
+
+    /* Call body for each batch of the blocks [begin, end). Returns how many of them were damaged. */
+    template <typename Body> int64_t operator()(int64_t begin, int64_t end, Body body) {
+        int64_t damaged = 0;
+        int now = 0;
+        if (begin < end) prepare(batches[0], begin, end);
+        for (int64_t block = begin; block < end; block += per_batch, now ^= 1) {
+            if (block + per_batch < end) prepare(batches[now ^ 1], block + per_batch, end);
+            body(batches[now]);
+            damaged += batches[now].scales.damaged_count;
+        }
+        return damaged;
+    }
+};
+
+template <int dtype> void (*forward_for(const Mode &mode))(const Batch &, void *, const qad_grid &, const Draws &, Ahead) {
+    switch (mode.mode) {
+    case QAD_NOISE_UNIFORM:
+        return mode.mixed ? forward_batch<dtype, QAD_NOISE_UNIFORM, true> : forward_batch<dtype, QAD_NOISE_UNIFORM, false>;
+    case QAD_NOISE_STOCHASTIC:
+        return mode.mixed ? forward_batch<dtype, QAD_NOISE_STOCHASTIC, true>
+                          : forward_batch<dtype, QAD_NOISE_STOCHASTIC, false>;
+    case QAD_NOISE_PARTIAL:
+        return forward_batch<dtype, QAD_NOISE_PARTIAL, true>;
+    default:
+        return forward_batch<dtype, QAD_NOISE_NONE, false>;
+    }
+}
+
+template <int dtype> int64_t forward(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
+    Walk<dtype> walk(job);
+    const auto step = forward_for<dtype>(walk.mode);
+    const int size = size_of(job.out_dtype), block = job.grid.block;
+    const bool converts = job.out_dtype != dtype;
+    /* Past the caches, no line is read only to be overwritten: a third less to move. */
+    const bool streams =
+        can_stream && job.streams && ((uintptr_t)job.out + (uintptr_t)(begin * block * size)) % (4 * width) == 0;
+    alignas(64) float computed[QAD_BATCH];
+    alignas(64) uint16_t converted[QAD_BATCH];
+#ifdef QAD_HAS_LOOK_UP
+    const LookUp<dtype == QAD_F32 ? QAD_BF16 : dtype> look_up(job.grid);
+    const bool looks_up = dtype != QAD_F32 && walk.mode.mode == QAD_NOISE_NONE && look_up.serves(job.grid);
+#endif
+    const int64_t damaged = walk(begin, end, [&](const Batch &batch) {
+        char *out = (char *)job.out + batch.element * size;
+        void *to = converts || streams ? (void *)computed : out;
+        const Ahead next = ahead(&job, batch.element, job.streams && !streams);
+        walk.draw(batch);
+#ifdef QAD_HAS_LOOK_UP
+        if (looks_up && batch.scales.in_range)
+            look_up.forward_batch(batch, to, job.grid, next);
+        else
+#endif
+            step(batch, to, job.grid, walk.draws, next);
+        if (batch.scales.damaged_count) fill_damaged<dtype>(to, batch, block, true);
+        if (converts) store_elements(streams ? (void *)converted : out, job.out_dtype, 0, batch.count, computed);
+        if (streams) stream_out(out, converts ? (void *)converted : computed, batch.count * size);
+        if (job.used_scales) memcpy(job.used_scales + batch.block, batch.scales.scale, (size_t)batch.blocks * 4);
+    });
+    if (streams) end_of_stream();
     return damaged;
 }
 
-int64_t backward(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
-    const qad_grid grid = job->grid;
-    const qad_noise &noise = job->noise;
-    const Mode mode(noise);
-    const Random elements(noise.seed_low, noise.seed_high, noise.tensor, noise.step, QAD_STREAM_ELEMENT);
-    const Random hardness(noise.seed_low, noise.seed_high, noise.tensor, noise.step, QAD_STREAM_BLOCK);
-    const int per_batch = QAD_BATCH / grid.block;
-    alignas(64) float in_buffer[QAD_BATCH], grad_buffer[QAD_BATCH];
-    Scales scales;
-    Draws draws;
-    int64_t damaged = 0;
-    for (int64_t b = begin; b < end; b += per_batch) {
-        const int blocks = (int)(end - b < per_batch ? end - b : per_batch), count = blocks * grid.block;
-        const int64_t first = b * grid.block;
-        const float *values = load_elements(job->weights, job->weights_dtype, first, count, in_buffer);
-        float *grad = (float *)load_elements(job->out, job->out_dtype, first, count, grad_buffer);
-        find_scales(values, job->scales ? job->scales + b : nullptr, blocks, grid, scales);
-        const Ahead next = ahead(job, first + QAD_BATCH);
-        if (!job->grad_scales) {
-            mask_batch(values, grad, blocks, grid, scales, next);
-        } else {
-            float *slopes = job->grad_scales + b;
-            if (mode.draws_elements()) fill_random(draws.element, first, count, elements);
-            if (mode.mixed) fill_blocks(draws, b, blocks, hardness);
-            if (mode.mode == QAD_NOISE_NONE)
-                learn_batch<QAD_NOISE_NONE, false>(values, grad, slopes, blocks, grid, scales, draws, 0, next);
-            else if (mode.mode == QAD_NOISE_UNIFORM)
-                (mode.mixed ? learn_batch<QAD_NOISE_UNIFORM, true> : learn_batch<QAD_NOISE_UNIFORM, false>)(
-                    values, grad, slopes, blocks, grid, scales, draws, noise.hard_share, next);
-            else if (mode.mode == QAD_NOISE_STOCHASTIC)
-                (mode.mixed ? learn_batch<QAD_NOISE_STOCHASTIC, true> : learn_batch<QAD_NOISE_STOCHASTIC, false>)(
-                    values, grad, slopes, blocks, grid, scales, draws, noise.hard_share, next);
-            else
-                (mode.mixed ? learn_batch<QAD_NOISE_PARTIAL, true> : learn_batch<QAD_NOISE_PARTIAL, false>)(
-                    values, grad, slopes, blocks, grid, scales, draws, noise.hard_share, next);
-            if (scales.damaged_count)
-                for (int i = 0; i < blocks; ++i)
-                    if (scales.damaged[i]) slopes[i] = 0.0f;
-        }
-        if (job->out_dtype != QAD_F32) store_elements(job->out, job->out_dtype, first, count, grad);
-        if (scales.damaged_count) fill_damaged(job->out, job->out_dtype, first, blocks, grid.block, scales, false);
-        damaged += scales.damaged_count;
+int64_t fake_quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
+    if (job->weights_dtype != job->out_dtype || job->out_dtype == QAD_F32) return forward<QAD_F32>(*job, begin, end);
+    return job->out_dtype == QAD_BF16 ? forward<QAD_BF16>(*job, begin, end) : forward<QAD_F16>(*job, begin, end);
+}
+
+void (*learn_for(const Mode &mode))(const Batch &, float *, float *, const qad_grid &, const Draws &, Ahead) {
+    switch (mode.mode) {
+    case QAD_NOISE_UNIFORM:
+        return learn_batch<QAD_NOISE_UNIFORM>;
+    case QAD_NOISE_STOCHASTIC:
+        return learn_batch<QAD_NOISE_STOCHASTIC>;
+    case QAD_NOISE_PARTIAL:
+        return learn_batch<QAD_NOISE_PARTIAL>;
+    default:
+        return learn_batch<QAD_NOISE_NONE>;
     }
-    return damaged;
+}
+
+/* Backward with gradients by the scales: sums want fp32, and its elements in order. */
+int64_t learn(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
+    Walk<QAD_F32> walk(job, true);
+    const auto step = learn_for(walk.mode);
+    alignas(64) float staged[QAD_BATCH];
+    return walk(begin, end, [&](const Batch &batch) {
+        float *grad = (float *)load_elements(job.out, job.out_dtype, batch.element, batch.count, staged);
+        float *slopes = job.grad_scales + batch.block;
+        walk.draw(batch);
+        step(batch, grad, slopes, job.grid, walk.draws, ahead(&job, batch.element, job.streams));
+        if (batch.scales.damaged_count) {
+            fill_damaged<QAD_F32>(grad, batch, job.grid.block, false);
+            for (int i = 0; i < batch.blocks; ++i)
+                if (batch.scales.damaged[i]) slopes[i] = 0.0f;
+        }
+        if (job.out_dtype != QAD_F32) store_elements(job.out, job.out_dtype, batch.element, batch.count, grad);
+    });
+}
+
+template <int dtype> int64_t mask(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
+    Walk<dtype> walk(job);
+    alignas(64) float staged[QAD_BATCH];
+    return walk(begin, end, [&](const Batch &batch) {
+        void *grad = dtype == QAD_F32
+                         ? (void *)load_elements(job.out, job.out_dtype, batch.element, batch.count, staged)
+                         : (void *)((typename Elements<dtype>::Stored *)job.out + batch.element);
+        mask_batch<dtype>(batch, grad, job.grid, ahead(&job, batch.element, job.streams));
+        if (batch.scales.damaged_count) fill_damaged<dtype>(grad, batch, job.grid.block, false);
+        if (dtype != job.out_dtype) store_elements(job.out, job.out_dtype, batch.element, batch.count, (float *)grad);
+    });
+}
+
+int64_t backward(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
+    if (job->grad_scales) return learn(*job, begin, end);
+    if (job->weights_dtype != job->out_dtype || job->out_dtype == QAD_F32) return mask<QAD_F32>(*job, begin, end);
+    return job->out_dtype == QAD_BF16 ? mask<QAD_BF16>(*job, begin, end) : mask<QAD_F16>(*job, begin, end);
 }
 
 int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
@@ -387,7 +520,7 @@ int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
         const int64_t first = b * grid.block;
         const float *values = load_elements(job->weights, job->weights_dtype, first, count, in_buffer);
         int8_t *codes = job->codes + first;
-        find_scales(values, job->scales ? job->scales + b : nullptr, blocks, grid, scales);
+        find_scales<QAD_F32>(values, job->scales ? job->scales + b : nullptr, blocks, grid, scales);
         for (int i = 0; i < blocks; i += width) store_half(halves + i, load(scales.scale + i));
         for (int i = 0; i < blocks; ++i) {
             const F inverse = set(scales.inverse[i]);
@@ -398,7 +531,7 @@ int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
             }
             for (int j = i * grid.block; j < (i + 1) * grid.block; j += width) {
                 const F scaled = mul(load(values + j), inverse);
-                store_codes(codes + j, code_of<QAD_NOISE_NONE, false>(scaled, nullptr, less(low, low), low, high));
+                store_codes(codes + j, round_code(min_of(high, max_of(low, scaled)), set(rounding_magic)));
             }
         }
         memcpy(job->half_scales + b, halves, (size_t)blocks * 2);

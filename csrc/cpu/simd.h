@@ -6,6 +6,8 @@
  *
  * F: `width` floats. U: as many 32-bit words. D: width / 2 words of 64 bits. M: a comparison's result.
  * max_of(a, b) and min_of(a, b) return b if either is NaN. No operation contracts a product and a sum unless it says so.
+ * "Halves" are the 16-bit halves of words; join_halves takes the low ones of one and the high ones of the other vector.
+ * Where can_stream, stream_words stores past the caches, to an address that is a multiple of a vector's size; end_of_stream after the last.
  */
 #ifndef QAD_SIMD_H
 #define QAD_SIMD_H
@@ -28,6 +30,7 @@ namespace {
 #if defined(QAD_USE_AVX512)
 
 constexpr int width = 16;
+constexpr bool can_stream = true;
 typedef __m512 F;
 typedef __m512i U;
 typedef __m512i D;
@@ -35,7 +38,10 @@ typedef __mmask16 M;
 
 QAD_INLINE F load(const float *p) { return _mm512_loadu_ps(p); }
 QAD_INLINE void store(float *p, F a) { _mm512_storeu_ps(p, a); }
-QAD_INLINE U load_words(const uint32_t *p) { return _mm512_loadu_si512(p); }
+QAD_INLINE U load_words(const void *p) { return _mm512_loadu_si512(p); }
+QAD_INLINE void store_words(void *p, U a) { _mm512_storeu_si512(p, a); }
+QAD_INLINE void stream_words(void *p, U a) { _mm512_stream_si512((__m512i *)p, a); }
+QAD_INLINE void end_of_stream() { _mm_sfence(); }
 QAD_INLINE F set(float a) { return _mm512_set1_ps(a); }
 QAD_INLINE U set_words(uint32_t a) { return _mm512_set1_epi32((int)a); }
 QAD_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -43,7 +49,11 @@ QAD_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 QAD_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 QAD_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 QAD_INLINE F fused_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-QAD_INLINE F floor_of(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+/* For magnitudes below 2^22; not by vrndscaleps, which is two instructions in one. */
+QAD_INLINE F floor_of(F a) {
+    const F magic = set(12582912.0f);
+    return _mm512_sub_ps(_mm512_add_round_ps(a, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), magic);
+}
 QAD_INLINE F max_of(F a, F b) { return _mm512_max_ps(a, b); }
 QAD_INLINE F min_of(F a, F b) { return _mm512_min_ps(a, b); }
 QAD_INLINE U bits_of(F a) { return _mm512_castps_si512(a); }
@@ -53,10 +63,20 @@ QAD_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
 QAD_INLINE U bit_or(U a, U b) { return _mm512_or_si512(a, b); }
 QAD_INLINE U bit_xor(U a, U b) { return _mm512_xor_si512(a, b); }
 QAD_INLINE U add_words(U a, U b) { return _mm512_add_epi32(a, b); }
-QAD_INLINE U shift_left(U a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
-QAD_INLINE U shift_right(U a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+QAD_INLINE U shift_left(U a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
+QAD_INLINE U shift_right(U a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
 QAD_INLINE U rotate_left_1(U a) { return _mm512_rol_epi32(a, 1); }
 QAD_INLINE U max_words(U a, U b) { return _mm512_max_epu32(a, b); }
+QAD_INLINE U rotate_halves_left_1(U a) { return _mm512_or_si512(_mm512_add_epi16(a, a), _mm512_srli_epi16(a, 15)); }
+QAD_INLINE U max_halves(U a, U b) { return _mm512_max_epu16(a, b); }
+QAD_INLINE U join_halves(U low, U high) { return _mm512_mask_blend_epi16(0xaaaaaaaau, low, high); }
+/* A table of 32 halves in one register, looked up with the lowest 5 bits of 32 halves: no other set has this. */
+#define QAD_HAS_LOOK_UP
+QAD_INLINE U look_up_halves(U table, U index) { return _mm512_permutexvar_epi16(index, table); }
+/* fp16 in the lowest halves. */
+QAD_INLINE U round_half(F a) {
+    return _mm512_castsi256_si512(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 QAD_INLINE M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 QAD_INLINE M less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 QAD_INLINE M both(M a, M b) { return (M)(a & b); }
@@ -103,8 +123,8 @@ QAD_INLINE D add_long(D a, D b) { return _mm512_add_epi64(a, b); }
 QAD_INLINE D mul_low_words(D a, D b) { return _mm512_mul_epu32(a, b); }
 QAD_INLINE D high_word(D a) { return _mm512_srli_epi64(a, 32); }
 QAD_INLINE D xor_3(D a, D b, D c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
-/* Low words of a, low words of b above them. */
-QAD_INLINE D join(D a, D b) { return _mm512_mask_shuffle_epi32(a, 0xaaaa, b, (_MM_PERM_ENUM)0x80); }
+QAD_INLINE D swap_words(D a) { return _mm512_rol_epi64(a, 32); }
+QAD_INLINE D xor_low_words(D a, D b, D c) { return _mm512_mask_ternarylogic_epi32(a, 0x5555, b, c, 0x96); }
 QAD_INLINE void interleave(uint16_t *p, D first, D second) {
     _mm512_storeu_si512(p, _mm512_unpacklo_epi64(first, second));
     _mm512_storeu_si512(p + 32, _mm512_unpackhi_epi64(first, second));
@@ -113,6 +133,7 @@ QAD_INLINE void interleave(uint16_t *p, D first, D second) {
 #elif defined(QAD_USE_AVX2)
 
 constexpr int width = 8;
+constexpr bool can_stream = true;
 typedef __m256 F;
 typedef __m256i U;
 typedef __m256i D;
@@ -120,7 +141,10 @@ typedef __m256 M;
 
 QAD_INLINE F load(const float *p) { return _mm256_loadu_ps(p); }
 QAD_INLINE void store(float *p, F a) { _mm256_storeu_ps(p, a); }
-QAD_INLINE U load_words(const uint32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+QAD_INLINE U load_words(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+QAD_INLINE void store_words(void *p, U a) { _mm256_storeu_si256((__m256i *)p, a); }
+QAD_INLINE void stream_words(void *p, U a) { _mm256_stream_si256((__m256i *)p, a); }
+QAD_INLINE void end_of_stream() { _mm_sfence(); }
 QAD_INLINE F set(float a) { return _mm256_set1_ps(a); }
 QAD_INLINE U set_words(uint32_t a) { return _mm256_set1_epi32((int)a); }
 QAD_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -138,10 +162,13 @@ QAD_INLINE U bit_and(U a, U b) { return _mm256_and_si256(a, b); }
 QAD_INLINE U bit_or(U a, U b) { return _mm256_or_si256(a, b); }
 QAD_INLINE U bit_xor(U a, U b) { return _mm256_xor_si256(a, b); }
 QAD_INLINE U add_words(U a, U b) { return _mm256_add_epi32(a, b); }
-QAD_INLINE U shift_left(U a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
-QAD_INLINE U shift_right(U a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+QAD_INLINE U shift_left(U a, int n) { return _mm256_slli_epi32(a, n); }
+QAD_INLINE U shift_right(U a, int n) { return _mm256_srli_epi32(a, n); }
 QAD_INLINE U rotate_left_1(U a) { return _mm256_or_si256(_mm256_add_epi32(a, a), _mm256_srli_epi32(a, 31)); }
 QAD_INLINE U max_words(U a, U b) { return _mm256_max_epu32(a, b); }
+QAD_INLINE U rotate_halves_left_1(U a) { return _mm256_or_si256(_mm256_add_epi16(a, a), _mm256_srli_epi16(a, 15)); }
+QAD_INLINE U max_halves(U a, U b) { return _mm256_max_epu16(a, b); }
+QAD_INLINE U join_halves(U low, U high) { return _mm256_blend_epi16(low, high, 0xaa); }
 QAD_INLINE M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 QAD_INLINE M less_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
 QAD_INLINE M both(M a, M b) { return _mm256_and_ps(a, b); }
@@ -188,7 +215,8 @@ QAD_INLINE D add_long(D a, D b) { return _mm256_add_epi64(a, b); }
 QAD_INLINE D mul_low_words(D a, D b) { return _mm256_mul_epu32(a, b); }
 QAD_INLINE D high_word(D a) { return _mm256_srli_epi64(a, 32); }
 QAD_INLINE D xor_3(D a, D b, D c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-QAD_INLINE D join(D a, D b) { return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa); }
+QAD_INLINE D swap_words(D a) { return _mm256_shuffle_epi32(a, 0xb1); }
+QAD_INLINE D xor_low_words(D a, D b, D c) { return _mm256_blend_epi32(a, xor_3(a, b, c), 0x55); }
 QAD_INLINE void interleave(uint16_t *p, D first, D second) {
     _mm256_storeu_si256((__m256i *)p, _mm256_unpacklo_epi64(first, second));
     _mm256_storeu_si256((__m256i *)(p + 16), _mm256_unpackhi_epi64(first, second));
@@ -197,6 +225,7 @@ QAD_INLINE void interleave(uint16_t *p, D first, D second) {
 #elif defined(QAD_USE_NEON)
 
 constexpr int width = 4;
+constexpr bool can_stream = false;
 typedef float32x4_t F;
 typedef uint32x4_t U;
 typedef uint64x2_t D;
@@ -204,7 +233,10 @@ typedef uint32x4_t M;
 
 QAD_INLINE F load(const float *p) { return vld1q_f32(p); }
 QAD_INLINE void store(float *p, F a) { vst1q_f32(p, a); }
-QAD_INLINE U load_words(const uint32_t *p) { return vld1q_u32(p); }
+QAD_INLINE U load_words(const void *p) { return vreinterpretq_u32_u8(vld1q_u8((const uint8_t *)p)); }
+QAD_INLINE void store_words(void *p, U a) { vst1q_u8((uint8_t *)p, vreinterpretq_u8_u32(a)); }
+QAD_INLINE void stream_words(void *p, U a) { store_words(p, a); }
+QAD_INLINE void end_of_stream() {}
 QAD_INLINE F set(float a) { return vdupq_n_f32(a); }
 QAD_INLINE U set_words(uint32_t a) { return vdupq_n_u32(a); }
 QAD_INLINE F add(F a, F b) { return vaddq_f32(a, b); }
@@ -226,6 +258,14 @@ QAD_INLINE U shift_left(U a, int n) { return vshlq_u32(a, vdupq_n_s32(n)); }
 QAD_INLINE U shift_right(U a, int n) { return vshlq_u32(a, vdupq_n_s32(-n)); }
 QAD_INLINE U rotate_left_1(U a) { return vorrq_u32(vaddq_u32(a, a), vshrq_n_u32(a, 31)); }
 QAD_INLINE U max_words(U a, U b) { return vmaxq_u32(a, b); }
+QAD_INLINE U rotate_halves_left_1(U a) {
+    const uint16x8_t halves = vreinterpretq_u16_u32(a);
+    return vreinterpretq_u32_u16(vsraq_n_u16(vaddq_u16(halves, halves), halves, 15));
+}
+QAD_INLINE U max_halves(U a, U b) {
+    return vreinterpretq_u32_u16(vmaxq_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b)));
+}
+QAD_INLINE U join_halves(U low, U high) { return vbslq_u32(vdupq_n_u32(0xffff), low, high); }
 QAD_INLINE M less(F a, F b) { return vcltq_f32(a, b); }
 QAD_INLINE M less_equal(F a, F b) { return vcleq_f32(a, b); }
 QAD_INLINE M both(M a, M b) { return vandq_u32(a, b); }
@@ -263,7 +303,8 @@ QAD_INLINE D add_long(D a, D b) { return vaddq_u64(a, b); }
 QAD_INLINE D mul_low_words(D a, D b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
 QAD_INLINE D high_word(D a) { return vshrq_n_u64(a, 32); }
 QAD_INLINE D xor_3(D a, D b, D c) { return veorq_u64(veorq_u64(a, b), c); }
-QAD_INLINE D join(D a, D b) { return vsliq_n_u64(a, b, 32); }
+QAD_INLINE D swap_words(D a) { return vreinterpretq_u64_u32(vrev64q_u32(vreinterpretq_u32_u64(a))); }
+QAD_INLINE D xor_low_words(D a, D b, D c) { return vbslq_u64(vdupq_n_u64(0xffffffffu), xor_3(a, b, c), a); }
 QAD_INLINE void interleave(uint16_t *p, D first, D second) {
     vst1q_u16(p, vreinterpretq_u16_u64(vzip1q_u64(first, second)));
     vst1q_u16(p + 8, vreinterpretq_u16_u64(vzip2q_u64(first, second)));
@@ -272,15 +313,20 @@ QAD_INLINE void interleave(uint16_t *p, D first, D second) {
 #else /* any machine: the compiler's own vectors of four lanes */
 
 constexpr int width = 4;
+constexpr bool can_stream = false;
 typedef float F __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));
 typedef int32_t Signed __attribute__((vector_size(16)));
 typedef uint64_t D __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
 typedef U M;
 
 QAD_INLINE F load(const float *p) { F r; memcpy(&r, p, sizeof r); return r; }
 QAD_INLINE void store(float *p, F a) { memcpy(p, &a, sizeof a); }
-QAD_INLINE U load_words(const uint32_t *p) { U r; memcpy(&r, p, sizeof r); return r; }
+QAD_INLINE U load_words(const void *p) { U r; memcpy(&r, p, sizeof r); return r; }
+QAD_INLINE void store_words(void *p, U a) { memcpy(p, &a, sizeof a); }
+QAD_INLINE void stream_words(void *p, U a) { store_words(p, a); }
+QAD_INLINE void end_of_stream() {}
 QAD_INLINE F set(float a) { return F{a, a, a, a}; }
 QAD_INLINE U set_words(uint32_t a) { return U{a, a, a, a}; }
 QAD_INLINE U bits_of(F a) { return (U)a; }
@@ -310,6 +356,9 @@ QAD_INLINE U shift_left(U a, int n) { return a << n; }
 QAD_INLINE U shift_right(U a, int n) { return a >> n; }
 QAD_INLINE U rotate_left_1(U a) { return (a << 1) | (a >> 31); }
 QAD_INLINE U max_words(U a, U b) { return choose_words((U)(a > b), a, b); }
+QAD_INLINE U rotate_halves_left_1(U a) { return (U)(((Halves)a << 1) | ((Halves)a >> 15)); }
+QAD_INLINE U max_halves(U a, U b) { return choose_words((U)((Halves)a > (Halves)b), a, b); }
+QAD_INLINE U join_halves(U low, U high) { return (low & 0xffffu) | (high & 0xffff0000u); }
 QAD_INLINE M less(F a, F b) { return (U)(a < b); }
 QAD_INLINE M less_equal(F a, F b) { return (U)(a <= b); }
 QAD_INLINE M both(M a, M b) { return a & b; }
@@ -365,7 +414,8 @@ QAD_INLINE D mul_low_words(D a, D b) {
 }
 QAD_INLINE D high_word(D a) { return a >> 32; }
 QAD_INLINE D xor_3(D a, D b, D c) { return a ^ b ^ c; }
-QAD_INLINE D join(D a, D b) { return (a & 0xffffffffu) | (b << 32); }
+QAD_INLINE D swap_words(D a) { return a << 32 | a >> 32; }
+QAD_INLINE D xor_low_words(D a, D b, D c) { return a ^ ((b ^ c) & 0xffffffffu); }
 QAD_INLINE void interleave(uint16_t *p, D first, D second) {
     const uint64_t words[4] = {first[0], second[0], first[1], second[1]};
     for (int i = 0; i < 4; ++i)
@@ -377,12 +427,13 @@ QAD_INLINE void interleave(uint16_t *p, D first, D second) {
 /* ---- the same on every instruction set ---- */
 
 QAD_INLINE F load_bfloat(const uint16_t *p) { return float_of(shift_left(widen(p), 16)); }
-/* Half to even. Not for NaNs, whose payload the rounding would carry into an infinity. */
-QAD_INLINE void store_bfloat(uint16_t *p, F a) {
-    const U bits = bits_of(a);
-    const U odd = bit_and(shift_right(bits, 16), set_words(1));
-    narrow_high(p, add_words(add_words(bits, set_words(0x7fff)), odd));
+/* A bf16 in the high half of each word, half to even, and whatever in the low one. Not for NaNs but the quiet one, whose
+ * payload the rounding would carry into an infinity. */
+QAD_INLINE U round_bfloat(F a) {
+    const U bits = bits_of(a), odd = bit_and(shift_right(bits, 16), set_words(1));
+    return add_words(add_words(bits, set_words(0x7fff)), odd);
 }
+QAD_INLINE void store_bfloat(uint16_t *p, F a) { narrow_high(p, round_bfloat(a)); }
 
 } // namespace
 #endif
