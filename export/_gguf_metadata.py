@@ -36,7 +36,17 @@ RECIPE = "qad.recipe"
 VERSION = "qad.version"
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
-_FILE_TYPES = {"q4_0": LlamaFileType.MOSTLY_Q4_0, "q8_0": LlamaFileType.MOSTLY_Q8_0}
+_FILE_TYPES = {
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q8_0_fp16": LlamaFileType.MOSTLY_Q8_0,
+    # Small: the mixes of llama.cpp that give no tensor more than the name says.
+    "q4_k": LlamaFileType.MOSTLY_Q4_K_S,
+    "q5_k": LlamaFileType.MOSTLY_Q5_K_S,
+    "q6_k": LlamaFileType.MOSTLY_Q6_K,
+}
 
 
 def _without_orders(name: str) -> str:

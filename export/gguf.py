@@ -32,10 +32,19 @@ from qad.layout import map_rows, pack, row_chunks
 from qad.pack import gguf_block_bytes
 
 SUFFIX = ".gguf"
-GRIDS = ("q4_0", "q8_0")
-FP16_RUNTIMES = False
 
-_BLOCKS = {"q4_0": GGMLQuantizationType.Q4_0, "q8_0": GGMLQuantizationType.Q8_0}
+_BLOCKS = {
+    "q4_0": GGMLQuantizationType.Q4_0,
+    "q4_1": GGMLQuantizationType.Q4_1,
+    "q5_0": GGMLQuantizationType.Q5_0,
+    "q8_0": GGMLQuantizationType.Q8_0,
+    "q8_0_fp16": GGMLQuantizationType.Q8_0,
+    "q4_k": GGMLQuantizationType.Q4_K,
+    "q5_k": GGMLQuantizationType.Q5_K,
+    "q6_k": GGMLQuantizationType.Q6_K,
+}
+GRIDS = tuple(_BLOCKS)
+FP16_RUNTIMES = False
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 
 
@@ -69,7 +78,7 @@ def _stored_bytes(artifact: Artifact, name: str) -> tuple[tuple[int, ...], int]:
     if name not in artifact.grids:
         return shape, 4 * math.prod(shape)
     grid = get_grid(artifact.grids[name])
-    return shape, math.prod(shape) // grid.block * gguf_block_bytes(grid)
+    return shape, math.prod(shape) // grid.unit * gguf_block_bytes(grid)
 
 
 def _stored(artifact: Artifact, name: str, architecture: Architecture) -> Iterator[NDArray[Any]]:

@@ -35,7 +35,7 @@ from qad.layout import dequantize, pack, row_chunks
 from qad.model import load_tokenizer
 
 SUFFIX = "-gptq"
-GRIDS = ("q4_0", "q8_0", "int4_g64", "int4_g128", "int8_g64", "int8_g128")
+GRIDS = ("q4_0", "q8_0", "q8_0_fp16", "int4_g64", "int4_g128", "int8_g64", "int8_g128")
 FP16_RUNTIMES = True
 
 _WHOLE = "model.safetensors"

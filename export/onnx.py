@@ -23,7 +23,7 @@ from qad.files import replacing_folder
 from qad.model import load_tokenizer
 
 SUFFIX = "-onnx"
-GRIDS = ("q4_0", "q8_0", "int4_g64", "int4_g128", "int8_g64", "int8_g128")
+GRIDS = ("q4_0", "q8_0", "q8_0_fp16", "int4_g64", "int4_g128", "int8_g64", "int8_g128")
 FP16_RUNTIMES = False
 # Target -> accuracy level unless one is asked for. CUDA's kernels have no levels.
 TARGETS = {"cpu": 4, "cuda": 0}

@@ -2,7 +2,8 @@
 
     RUN/artifact/
       artifact.json        grids, tied head, recipe, SHA-256 of each tensor that the trainer's forward used, run hash
-      weights.safetensors  NAME.codes (int8) and NAME.scales (fp16) for quantized, NAME (fp32) for kept tensors
+      weights.safetensors  NAME.codes (int8) and NAME.scales (fp16) for quantized, NAME (fp32) for kept tensors; for
+                           grids of more than scales also NAME.minimums, NAME.super_scales, NAME.super_minimums
       config.json, tokenizer files, chat template: as Hugging Face writes them
 
 ``forward_sha256`` is taken from the buffers that the trainer's forward multiplied with, before anything was packed or
@@ -26,8 +27,9 @@ from qad.architectures import ARCHITECTURES
 from qad.errors import UserError
 from qad.files import recover_folder, replacing_folder, sha256_of_file
 from qad.grid import get_grid
+from qad.scales import StoredScales, part_dtype
 from qad.tensor import QuantizedTensor, dequantize
-from qad.tensor_file import Entry, TensorFile
+from qad.tensor_file import DTYPES, Entry, TensorFile
 
 FOLDER = "artifact"
 WEIGHTS = "weights.safetensors"
@@ -81,9 +83,9 @@ class Artifact:
     def quantized(self, name: str) -> QuantizedTensor:
         """Return one quantized tensor: views of the mapped file, not to be written to, that read it when used."""
         self._file.give_back()
-        return QuantizedTensor(
-            self._file.tensor(f"{name}.codes"), self._file.tensor(f"{name}.scales"), get_grid(self.grids[name])
-        )
+        grid = get_grid(self.grids[name])
+        stored = StoredScales.of(grid, {part: self._file.tensor(f"{name}.{part}") for part in grid.parts})
+        return QuantizedTensor.of(self._file.tensor(f"{name}.codes"), stored)
 
     def weight(self, name: str) -> Tensor:
         """Return one tensor as the float32 values that the student computes with, in memory of its own."""
@@ -129,8 +131,8 @@ def save_artifact(
     architecture = ARCHITECTURES.get(config.model_type)
     tensors: dict[str, Tensor] = {}
     for name, tensor in quantized.items():
-        tensors[f"{name}.codes"] = tensor.codes_NK.cpu().contiguous()
-        tensors[f"{name}.scales"] = tensor.scales_NG.cpu().contiguous()
+        for part, values in tensor.parts.items():
+            tensors[f"{name}.{part}"] = values.cpu().contiguous()
     for name, tensor in kept.items():
         value = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
         tensors[name] = _settled(value, architecture.offset(name)) if architecture else value
@@ -174,12 +176,16 @@ def _check_tensors(description: dict[str, Any], entries: Mapping[str, Entry]) ->
     """Return what is wrong with the stored tensors, None if they are what the description says."""
     for name, grid_name in description["grids"].items():
         grid = get_grid(grid_name)
-        codes, scales = entries[f"{name}.codes"], entries[f"{name}.scales"]
-        if (codes.dtype, scales.dtype, len(codes.shape)) != ("I8", "F16", 2):
-            return f"{name} is stored as {codes.dtype} {codes.shape} and {scales.dtype}"
+        codes = entries[f"{name}.codes"]
+        if codes.dtype != "I8" or len(codes.shape) != 2:
+            return f"{name} is stored as {codes.dtype} {codes.shape}"
         rows, columns = codes.shape
-        if columns % grid.block or scales.shape != (rows, columns // grid.block):
-            return f"{name} has {codes.shape} codes and {scales.shape} scales"
+        for part in grid.parts:
+            found, shape = entries[f"{name}.{part}"], (rows, columns // grid.columns_of(part))
+            if DTYPES.get(found.dtype) != part_dtype(grid, part):
+                return f"the {part} of {name} are stored as {found.dtype}"
+            if columns % grid.unit or found.shape != shape:
+                return f"{name} has {codes.shape} codes and {found.shape} {part}"
     wrong = [name for name in description["kept"] if entries[name].dtype != "F32"]
     return f"{wrong[0]} is stored as {entries[wrong[0]].dtype}" if wrong else None
 
@@ -209,7 +215,8 @@ def open_artifact(run: Path) -> Artifact:
         entries = TensorFile(folder / WEIGHTS).entries
     except UserError as error:
         raise UserError(f"the artifact in {folder} is damaged ({error}); {remedy}") from error
-    wanted = {f"{name}.{part}" for name in description["grids"] for part in ("codes", "scales")}
+    parts = {name: ("codes", *get_grid(grid).parts) for name, grid in description["grids"].items()}
+    wanted = {f"{name}.{part}" for name in parts for part in parts[name]}
     wanted |= set(description["kept"])
     if wanted - entries.keys():
         raise UserError(f"the artifact in {folder} lacks {sorted(wanted - entries.keys())[:3]}; {remedy}")

@@ -15,6 +15,9 @@ all of it, and passes no gradient: a damaged weight shows in the next loss inste
 exactness of the expected gradient; straight-through is biased, and clipping cuts the gradient of masters that lie
 outside the range.
 
+Grids with minimums or super-blocks take decoded scales and offsets, which somebody has searched (``qad.scale_search``),
+and hold them: straight-through runs to the masters alone.
+
 Shapes: N output features, K input features, G blocks along K.
 """
 
@@ -24,7 +27,8 @@ from torch import Tensor
 from qad.grid import Grid
 from qad.noise import HARD, Noise
 from qad.philox import uniform16
-from qad.tensor import absmax_scales, as_blocks, damaged_blocks, round_scales
+from qad.scales import range_scales, round_scales
+from qad.tensor import absmax_scales, as_blocks, damaged_blocks, scale_blocks
 
 _ELEMENT_STREAM, _BLOCK_STREAM = 0, 1
 
@@ -47,6 +51,19 @@ def _noisy_codes(scaled: Tensor, grid: Grid, noise: Noise) -> Tensor:
     return torch.where(blocks.view(*scaled.shape[:2], 1) < noise.hard_share, hard, soft)
 
 
+def _decoded(
+    master_NK: Tensor, scales_NG: Tensor | None, offsets_NG: Tensor | None, grid: Grid
+) -> tuple[Tensor, Tensor | None]:
+    """Return the scales and offsets that forward uses, given those it was asked to use."""
+    if grid.is_plain:
+        assert offsets_NG is None
+        return (absmax_scales(master_NK, grid) if scales_NG is None else round_scales(scales_NG, grid)), None
+    if scales_NG is None:
+        return range_scales(master_NK, grid).decode()
+    assert (offsets_NG is not None) == grid.minimum, grid
+    return scales_NG, offsets_NG
+
+
 def fake_quantize(
     master_NK: Tensor,
     scales_NG: Tensor | None,
@@ -54,6 +71,7 @@ def fake_quantize(
     noise: Noise = HARD,
     out: Tensor | None = None,
     used_scales_NG: Tensor | None = None,
+    offsets_NG: Tensor | None = None,
 ) -> Tensor:
     """Return the weights that forward uses.
 
@@ -61,22 +79,26 @@ def fake_quantize(
 
     Args:
         master_NK: Master weights: float32, bfloat16 or float16; computed in float32.
-        scales_NG: float32 scales, rounded to the grid here; None: each block's absmax scale.
+        scales_NG: float32 scales. Of a plain grid, rounded to it here; None: each block's absmax scale. Of another,
+            what stored scales decode to (``StoredScales.decode``); None: those of the range.
         grid: The grid.
         noise: The noise of this step.
         out: Buffer to write to, float32, bfloat16 or float16; a new tensor per call, of the master's dtype, costs more
             in page faults than the arithmetic.
         used_scales_NG: float32 buffer that receives the rounded scales; may be ``scales_NG`` itself.
+        offsets_NG: float32, decoded as the scales are; given if they are, and the grid has minimums.
     """
     master = master_NK.to(torch.float32)
-    scales_NG = absmax_scales(master, grid) if scales_NG is None else round_scales(scales_NG, grid)
-    scales = scales_NG.unsqueeze(-1)
-    codes = _noisy_codes(as_blocks(master, grid) * scales.reciprocal(), grid, noise)
+    scales_NG, offsets_NG = _decoded(master, scales_NG, offsets_NG, grid)
+    codes = _noisy_codes(scale_blocks(as_blocks(master, grid), scales_NG, offsets_NG), grid, noise)
     # A stored code has one zero; adding 0.0 turns -0.0 into it, or a negative scale would flip the sign bit.
     codes.clamp_(grid.code_min, grid.code_max).add_(0.0)
     out = torch.empty_like(master_NK) if out is None else out
     blocks = as_blocks(out, grid)
-    torch.mul(codes, scales, out=blocks)
+    if offsets_NG is None:
+        torch.mul(codes, scales_NG.unsqueeze(-1), out=blocks)
+    else:
+        blocks.copy_(codes.mul_(scales_NG.unsqueeze(-1)).add_(offsets_NG.unsqueeze(-1)))
     blocks.masked_fill_(damaged_blocks(master, scales_NG, grid).unsqueeze(-1), torch.nan)
     if used_scales_NG is not None:
         used_scales_NG.copy_(scales_NG)
@@ -101,6 +123,7 @@ def fake_quantize_backward(
     noise: Noise = HARD,
     *,
     learn_scales: bool,
+    offsets_NG: Tensor | None = None,
 ) -> Tensor | None:
     """Turn the gradient of the forward weights, in place, into that of the masters.
 
@@ -108,16 +131,16 @@ def fake_quantize_backward(
 
     Args:
         grad_NK: Gradient of the loss by the forward weights; float32, bfloat16 or float16; overwritten.
-        master_NK, scales_NG, grid, noise: As in forward.
+        master_NK, scales_NG, grid, noise, offsets_NG: As in forward.
         learn_scales: Whether to compute the gradient by the scales.
 
     Returns:
         float32 grad_scales_NG, or None. By the straight-through rule of LSQ (Esser et al., arXiv 1902.08153): a block's
-        sum of gradient x (code - w/s) inside and gradient x code at the ends of the range.
+        sum of gradient x (code - w/s) inside and gradient x code at the ends of the range (w from its offset).
     """
     master = master_NK.to(torch.float32)
-    scales_NG = absmax_scales(master, grid) if scales_NG is None else round_scales(scales_NG, grid)
-    scaled = as_blocks(master, grid) * scales_NG.unsqueeze(-1).reciprocal()
+    scales_NG, offsets_NG = _decoded(master, scales_NG, offsets_NG, grid)
+    scaled = scale_blocks(as_blocks(master, grid), scales_NG, offsets_NG)
     damaged_NG = damaged_blocks(master, scales_NG, grid)
     outside = (scaled >= grid.code_min - 0.5) & (scaled <= grid.code_max + 0.5)
     outside = outside.logical_not_().logical_or_(damaged_NG.unsqueeze(-1))

@@ -19,12 +19,12 @@ from qad.tensor import QuantizedTensor
 
 _CHUNK = 1 << 20  # codes worked on at a time
 _REFERENCE = {"gguf": pack_gguf, "gptq": pack_gptq, "onnx": pack_onnx}
-# Weight = code * fp16 scale: what the kernels know.
-_KERNEL_GRIDS = {"q4_0", "q8_0", "int4_g64", "int4_g128", "int8_g64", "int8_g128"}
 
 
 def _kernel_can(quantized: QuantizedTensor) -> bool:
-    return quantized.grid.name in _KERNEL_GRIDS and quantized.codes_NK.device.type == "cpu" and not native.available()
+    grid = quantized.grid
+    known = grid.is_plain and grid.bits in (4, 8)
+    return known and quantized.codes_NK.device.type == "cpu" and not native.available()
 
 
 def pack(quantized: QuantizedTensor, layout: str) -> NDArray[Any]:
@@ -57,7 +57,7 @@ def dequantize(quantized: QuantizedTensor, out: Tensor | None = None) -> Tensor:
 
 def map_rows(quantized: QuantizedTensor, change: Callable[[Tensor], Tensor]) -> QuantizedTensor:
     """Return a tensor with every part changed by a function that moves or picks whole rows."""
-    return QuantizedTensor(change(quantized.codes_NK), change(quantized.scales_NG), quantized.grid)
+    return quantized.map_rows(change)
 
 
 def row_chunks(quantized: QuantizedTensor, multiple: int = 1, codes: int = _CHUNK) -> Iterator[QuantizedTensor]:

@@ -28,8 +28,10 @@ def cuda_kernels() -> ModuleType:
     return native_cuda
 
 
-def _kernels(*tensors: Tensor | None) -> ModuleType | None:
-    """Return the module of kernels that can take these tensors, or None for the reference."""
+def _kernels(grid: Grid | None, *tensors: Tensor | None) -> ModuleType | None:
+    """Return the module of kernels that can take these tensors (on this grid), or None for the reference."""
+    if grid is not None and not grid.is_plain:
+        return None
     device = next(tensor.device for tensor in tensors if tensor is not None)
     if device.type == "cpu":
         return native if native.supports(*tensors) and native.available() is None else None
@@ -65,35 +67,46 @@ def fake_quantize(
     noise: Noise = HARD,
     out: Tensor | None = None,
     used_scales_NG: Tensor | None = None,
+    offsets_NG: Tensor | None = None,
 ) -> Tensor:
     """Return the weights that forward uses: ``qad.fake_quant.fake_quantize``, by the fastest kernel at hand.
 
     Args:
         master_NK: float32, bfloat16 or float16.
-        scales_NG: float32 scales, or None for each block's absmax scale.
+        scales_NG: float32 scales, or None for each block's absmax scale (that of its range, if the grid is not plain).
         grid: The grid.
         noise: The noise of this step.
         out: Buffer to write to, of any of these dtypes.
         used_scales_NG: float32 buffer that receives the rounded scales; may be ``scales_NG`` itself.
+        offsets_NG: float32 offsets, for a grid with minimums; given if the scales are.
     """
     out = torch.empty_like(master_NK, memory_format=torch.contiguous_format) if out is None else out
-    kernels = _kernels(master_NK, scales_NG, out, used_scales_NG)
+    kernels = _kernels(grid, master_NK, scales_NG, out, used_scales_NG)
     if kernels is None:
-        return reference.fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG)
+        return reference.fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG, offsets_NG)
     kernels.fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG)
     return out
 
 
 def fake_quantize_backward(
-    grad_NK: Tensor, master_NK: Tensor, scales_NG: Tensor | None, grid: Grid, noise: Noise = HARD, *, learn_scales: bool
+    grad_NK: Tensor,
+    master_NK: Tensor,
+    scales_NG: Tensor | None,
+    grid: Grid,
+    noise: Noise = HARD,
+    *,
+    learn_scales: bool,
+    offsets_NG: Tensor | None = None,
 ) -> Tensor | None:
     """Turn the gradient of the forward weights, in place, into that of the masters; return that of the scales.
 
     See ``qad.fake_quant.fake_quantize_backward``.
     """
-    kernels = _kernels(grad_NK, master_NK, scales_NG)
+    kernels = _kernels(grid, grad_NK, master_NK, scales_NG)
     if kernels is None:
-        return reference.fake_quantize_backward(grad_NK, master_NK, scales_NG, grid, noise, learn_scales=learn_scales)
+        return reference.fake_quantize_backward(
+            grad_NK, master_NK, scales_NG, grid, noise, learn_scales=learn_scales, offsets_NG=offsets_NG
+        )
     grad_scales_NG = None
     if learn_scales:
         groups = master_NK.shape[1] // grid.block
@@ -119,7 +132,7 @@ def divergence(
     implementation. Kernels take float32.
     """
     float32 = student_CV.dtype == teacher_CV.dtype == torch.float32
-    kernels = _kernels(student_CV, teacher_CV) if float32 else None
+    kernels = _kernels(None, student_CV, teacher_CV) if float32 else None
     step = plain_divergence.divergence if kernels is None else kernels.divergence
     return step(
         student_CV,
@@ -142,7 +155,15 @@ def _noise_of(mode: str, hard_share: float, seed: int, tensor: int, step: int) -
 
 @torch.library.custom_op("qad::fake_quantize", mutates_args=())
 def fake_quantize_op(
-    master: Tensor, scales: Tensor | None, grid: str, noise: str, hard_share: float, seed: int, tensor: int, step: int
+    master: Tensor,
+    scales: Tensor | None,
+    grid: str,
+    noise: str,
+    hard_share: float,
+    seed: int,
+    tensor: int,
+    step: int,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the weights that forward uses, and the rounded scales that they are on, which have no gradient.
 
@@ -151,18 +172,27 @@ def fake_quantize_op(
         scales: float32 [N, G], or None for absmax scales. Receives a gradient if it requires one.
         grid: Name of the grid.
         noise: Noise mode. hard_share, seed, tensor, step: See ``qad.noise.Noise``; a seed beyond int64 wraps.
+        offsets: float32 [N, G], with the scales of a grid that has minimums. Receives no gradient.
     """
     which = get_grid(grid)
     master = master.contiguous()
     used = torch.empty(master.shape[0], master.shape[1] // which.block, dtype=torch.float32, device=master.device)
     given = None if scales is None else scales.contiguous()
     drawn = _noise_of(noise, hard_share, seed, tensor, step)
-    return fake_quantize(master, given, which, drawn, used_scales_NG=used), used
+    return fake_quantize(master, given, which, drawn, None, used, offsets), used
 
 
 @fake_quantize_op.register_fake
 def _(
-    master: Tensor, scales: Tensor | None, grid: str, noise: str, hard_share: float, seed: int, tensor: int, step: int
+    master: Tensor,
+    scales: Tensor | None,
+    grid: str,
+    noise: str,
+    hard_share: float,
+    seed: int,
+    tensor: int,
+    step: int,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     block = get_grid(grid).block
     torch._check(master.shape[1] % block == 0, lambda: f"rows of {master.shape[1]} values, blocks of {block}")
@@ -181,12 +211,15 @@ def fake_quantize_backward_op(
     seed: int,
     tensor: int,
     step: int,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients by the masters and by the scales; arguments as in ``qad::fake_quantize``."""
     drawn = _noise_of(noise, hard_share, seed, tensor, step)
     grad = grad.clone(memory_format=torch.contiguous_format)
     given = None if scales is None else scales.contiguous()
-    by_scale = fake_quantize_backward(grad, master.contiguous(), given, get_grid(grid), drawn, learn_scales=True)
+    by_scale = fake_quantize_backward(
+        grad, master.contiguous(), given, get_grid(grid), drawn, learn_scales=True, offsets_NG=offsets
+    )
     assert by_scale is not None
     return grad, by_scale
 
@@ -202,26 +235,27 @@ def _(
     seed: int,
     tensor: int,
     step: int,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     by_scale = master.new_empty((master.shape[0], master.shape[1] // get_grid(grid).block), dtype=torch.float32)
     return torch.empty_like(grad, memory_format=torch.contiguous_format), by_scale
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    master, scales, *ctx.settings = inputs
+    master, scales, *ctx.settings, offsets = inputs
     # Nothing of the forward is kept: backward finds scales, codes and noise anew from the masters.
-    ctx.save_for_backward(master, scales)
+    ctx.save_for_backward(master, scales, offsets)
     # Rounding has no gradient of its own: nobody shall take the rounded scales for a way to those that are learned.
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _straight_through(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    master, scales = ctx.saved_tensors
+    master, scales, offsets = ctx.saved_tensors
     if grad is None:
-        return (None,) * 8
-    by_master, by_scale = fake_quantize_backward_op(grad, master, scales, *ctx.settings)
-    return by_master, by_scale if scales is not None else None, None, None, None, None, None, None
+        return (None,) * 9
+    by_master, by_scale = fake_quantize_backward_op(grad, master, scales, *ctx.settings, offsets)
+    return by_master, by_scale if scales is not None else None, *(None,) * 7
 
 
 fake_quantize_op.register_autograd(_straight_through, setup_context=_remember)
@@ -239,9 +273,11 @@ def fake_quantize_into_op(
     seed: int,
     tensor: int,
     step: int,
+    offsets: Tensor | None = None,
 ) -> None:
     """Like ``qad::fake_quantize``, into buffers that the caller owns; has no gradient."""
-    fake_quantize(master, scales, get_grid(grid), _noise_of(noise, hard_share, seed, tensor, step), out, used_scales)
+    drawn = _noise_of(noise, hard_share, seed, tensor, step)
+    fake_quantize(master, scales, get_grid(grid), drawn, out, used_scales, offsets)
 
 
 @fake_quantize_into_op.register_fake
@@ -256,5 +292,6 @@ def _(
     seed: int,
     tensor: int,
     step: int,
+    offsets: Tensor | None = None,
 ) -> None:
     return None

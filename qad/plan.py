@@ -38,7 +38,7 @@ class Misfit:
 
     def __str__(self) -> str:
         remedy = f"grids that fit: {', '.join(self.fits)}" if self.fits else "no grid fits this width"
-        block = get_grid(self.grid).block
+        block = get_grid(self.grid).unit
         return f"{self.name}: rows of {self.columns} values are no multiple of {block} ({self.grid}); {remedy}"
 
 

@@ -14,22 +14,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qad.errors import unknown_name
 from qad.grid import Grid
 from qad.noise import HARD, Noise
 from qad.ops import fake_quantize, fake_quantize_backward
 from qad.rounding import Rounded
-from qad.tensor import QuantizedTensor, mse_scales, quantize
+from qad.scale_search import find_scales
+from qad.scales import StoredScales
+from qad.tensor import QuantizedTensor, block_scales, mse_scales, quantize
 
 SCALE_MODES = ("absmax", "mse", "learned")
-_REFRESH_MSE = 20  # optimizer steps between two searches of mse scales; a search costs as much as some 30 roundings
+_REFRESH = 20  # optimizer steps between two searches of scales; a search costs as much as some 30 roundings
 
 
 @dataclass
 class _Entry:
-    """One quantized parameter: its grid, and its index among them (the tensor word of the noise)."""
+    """One quantized parameter: its grid, and its index among them (the tensor word of the noise).
+
+    Scales are what forward uses, in float32. A grid that is not plain has their stored parts as well, which they and
+    the offsets follow from.
+    """
 
     name: str
     grid: Grid
@@ -37,6 +43,21 @@ class _Entry:
     forward: nn.Parameter
     master: nn.Parameter
     scales: nn.Parameter
+    stored: dict[str, nn.Parameter]
+
+    def store(self, found: StoredScales) -> None:
+        """Use other scales from now on."""
+        for part, tensor in found.parts.items():
+            self.stored[part].copy_(tensor)
+        self.scales.copy_(found.decode()[0])
+
+    def stored_scales(self) -> StoredScales:
+        """Return the stored scales of a grid that is not plain."""
+        return StoredScales.of(self.grid, {part: parameter.data for part, parameter in self.stored.items()})
+
+    def decoded(self) -> tuple[Tensor, Tensor | None]:
+        """Return the scales and offsets that forward uses."""
+        return (self.scales.data, None) if self.grid.is_plain else self.stored_scales().decode()
 
 
 class Masters(nn.Module):
@@ -45,7 +66,10 @@ class Masters(nn.Module):
     Args:
         model: The model whose parameters become forward buffers.
         start: For each quantized parameter, its codes and scales and where the masters start.
-        scales: ``absmax`` follows the masters, ``mse`` searches every few steps, ``learned`` is trained.
+        scales: ``absmax`` follows the masters, ``mse`` searches every 20 steps, ``learned`` is trained. Grids of
+            minimums or super-blocks have no scales that an optimizer could move by a little: there ``learned`` keeps
+            what training starts with for 20 steps and then does as ``mse`` does; both change a super-block's scales
+            only where the new ones fit its masters better.
     """
 
     def __init__(self, model: nn.Module, start: Mapping[str, Rounded], scales: str) -> None:
@@ -55,15 +79,21 @@ class Masters(nn.Module):
         self.scale_mode = scales
         self.masters = nn.ParameterList()
         self.scales = nn.ParameterList()
+        self.stored = nn.ModuleList()
         self._entries: list[_Entry] = []
         parameters = dict(model.named_parameters())
         for index, (name, rounded) in enumerate(start.items()):
             grid = rounded.quantized.grid
             master = nn.Parameter(rounded.target_NK.to(torch.float32).clone())
-            scale = nn.Parameter(rounded.quantized.scales_NG.to(torch.float32), requires_grad=scales == "learned")
+            learned = scales == "learned" and grid.is_plain
+            scale = nn.Parameter(block_scales(rounded.quantized), requires_grad=learned)
+            # Parameters and not buffers, because checkpoints hold parameters.
+            parts = {} if grid.is_plain else rounded.quantized.stored.parts
+            stored = {part: nn.Parameter(tensor.clone(), requires_grad=False) for part, tensor in parts.items()}
             self.masters.append(master)
             self.scales.append(scale)
-            self._entries.append(_Entry(name, grid, index, parameters[name], master, scale))
+            self.stored.append(nn.ParameterDict(stored))
+            self._entries.append(_Entry(name, grid, index, parameters[name], master, scale, stored))
 
     @property
     def names(self) -> list[str]:
@@ -95,8 +125,7 @@ class Masters(nn.Module):
             seed: Run seed.
         """
         for entry in self._entries:
-            if self.scale_mode == "mse" and step % _REFRESH_MSE == 0:
-                entry.scales.copy_(mse_scales(entry.master, entry.grid))
+            self._search(entry, step)
             self._fill(entry, Noise(noise, hard_share, seed, entry.index, step))
 
     @torch.no_grad()
@@ -105,15 +134,29 @@ class Masters(nn.Module):
         for entry in self._entries:
             self._fill(entry, HARD)
 
+    def _search(self, entry: _Entry, step: int) -> None:
+        """Search the scales of the grids that are searched, in the steps in which they are."""
+        due = self.scale_mode != "absmax" and step % _REFRESH == 0
+        if entry.grid.is_plain:
+            if due and self.scale_mode == "mse":
+                entry.scales.copy_(mse_scales(entry.master, entry.grid))
+        elif due and (step or self.scale_mode == "mse"):
+            entry.store(find_scales(entry.master, entry.grid, "mse", start=entry.stored_scales()))
+
     def _fill(self, entry: _Entry, noise: Noise) -> None:
         follow = self.scale_mode == "absmax"
+        if follow and not entry.grid.is_plain:
+            entry.store(find_scales(entry.master, entry.grid, "range"))
+        plain = follow and entry.grid.is_plain
+        scales_NG, offsets_NG = entry.decoded()
         fake_quantize(
             entry.master,
-            None if follow else entry.scales,
+            None if plain else scales_NG,
             entry.grid,
             noise,
             out=entry.forward.data,
-            used_scales_NG=entry.scales.data if follow else None,
+            used_scales_NG=entry.scales.data if plain else None,
+            offsets_NG=offsets_NG,
         )
 
     @torch.no_grad()
@@ -128,8 +171,16 @@ class Masters(nn.Module):
                 continue
             entry.forward.grad = None
             which = Noise(noise, hard_share, seed, entry.index, step)
-            learn = self.scale_mode == "learned"
-            by_scale = fake_quantize_backward(grad, entry.master, entry.scales, entry.grid, which, learn_scales=learn)
+            scales_NG, offsets_NG = entry.decoded()
+            by_scale = fake_quantize_backward(
+                grad,
+                entry.master,
+                scales_NG,
+                entry.grid,
+                which,
+                learn_scales=entry.scales.requires_grad,
+                offsets_NG=offsets_NG,
+            )
             entry.master.grad = grad
             entry.scales.grad = by_scale
 
@@ -141,7 +192,12 @@ class Masters(nn.Module):
         forward, which thereby checks the kernels that made them.
         """
         return {
-            entry.name: quantize(entry.master.data, entry.grid, entry.scales.data, entry.name)
+            entry.name: quantize(
+                entry.master.data,
+                entry.grid,
+                entry.scales.data if entry.grid.is_plain else entry.stored_scales(),
+                entry.name,
+            )
             for entry in self._entries
         }
 

