@@ -145,12 +145,10 @@ def _search(weight_NK: Tensor, grid: Grid, importance_K: Tensor, start: StoredSc
     x = torch.where(sound_NG, blocks_NG, 0.0).clamp_(-1e9, 1e9).view(rows, *shape)
     weight = importance_K.view(1, *shape).expand_as(x)
     scales, offsets = _best_blocks(x, weight, grid)
-    best = _state(x, weight, store(scales.flatten(1), None if offsets is None else offsets.flatten(1), grid))
-    for given in (range_scales(x.view(rows, columns), grid), start):
-        if given is not None:
-            best = _better(best, _state(x, weight, given))
+    stored = store(scales.flatten(1), None if offsets is None else offsets.flatten(1), grid)
+    now = _better(_state(x, weight, stored), _state(x, weight, range_scales(x.view(rows, columns), grid)))
+    best = now if start is None else _better(_state(x, weight, start), now)
     if grid.super_block:
-        now = best
         for _ in range(_ROUNDS):
             now = _state(x, weight, _improved(x, weight, now))
             best = _better(best, now)
