@@ -28,15 +28,25 @@ QAD_INLINE WordPair random_in_order(const uint16_t *p) { return {widen(p), widen
 /* See qad_element_key. */
 QAD_INLINE U key_of(F value) { return bit_xor(rotate_left_1(bits_of(value)), set_words(1)); }
 
+/* Store a vector, if need be past the caches; see stream_words. */
+QAD_INLINE void put_words(void *p, U a, bool past) {
+    if (past)
+        stream_words(p, a);
+    else
+        store_words(p, a);
+}
+
 template <int dtype> struct Elements;
 
 template <> struct Elements<QAD_F32> {
     typedef float Stored;
+    typedef Elements Order; /* what finds the order of blocks */
 
     QAD_INLINE Pair load_pair(const float *p) { return {load(p), load(p + width)}; }
-    QAD_INLINE void store_pair(float *p, Pair pair) {
-        store(p, pair.first);
-        store(p + width, pair.second);
+    static constexpr bool streams = can_stream; /* whether a pair can be stored past the caches */
+    QAD_INLINE void store_pair(float *p, Pair pair, bool past) {
+        put_words(p, bits_of(pair.first), past);
+        put_words(p + width, bits_of(pair.second), past);
     }
     QAD_INLINE void keep_pair_if(float *p, M first, M second) {
         store(p, keep_if(first, load(p)));
@@ -55,7 +65,7 @@ template <> struct Elements<QAD_F32> {
 };
 
 /* What bf16 and fp16 share: magnitudes that order like integers of 16 bits. */
-template <typename Self> struct HalfElements {
+struct HalfOrder {
     typedef uint16_t Stored;
 
     QAD_INLINE U order_of(const uint16_t *block, int count) {
@@ -65,6 +75,11 @@ template <typename Self> struct HalfElements {
         /* To the high half, whatever remains in the low one: words are compared by it alone, or by it first. */
         return max_halves(key, shift_left(key, 16));
     }
+};
+
+template <typename Self> struct HalfElements : HalfOrder {
+    typedef HalfOrder Order;
+
     QAD_INLINE U key_from(U largest) {
         const U sign = bit_xor(bit_and(shift_right(largest, 1), set_words(0x8000u)), set_words(0x8000u));
         uint16_t halves[width];
@@ -79,8 +94,9 @@ template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>> {
         const U both = load_words(p);
         return {float_of(shift_left(both, 16)), float_of(bit_and(both, set_words(0xffff0000u)))};
     }
-    QAD_INLINE void store_pair(uint16_t *p, Pair pair) {
-        store_words(p, join_halves(shift_right(round_bfloat(pair.first), 16), round_bfloat(pair.second)));
+    static constexpr bool streams = can_stream;
+    QAD_INLINE void store_pair(uint16_t *p, Pair pair, bool past) {
+        put_words(p, join_halves(shift_right(round_bfloat(pair.first), 16), round_bfloat(pair.second)), past);
     }
     QAD_INLINE void keep_pair_if(uint16_t *p, M first, M second) {
         const U both = load_words(p);
@@ -103,12 +119,13 @@ template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>> {
 template <> struct Elements<QAD_F16> : HalfElements<Elements<QAD_F16>> {
     QAD_INLINE F load_vector(const uint16_t *p) { return load_half(p); }
     QAD_INLINE Pair load_pair(const uint16_t *p) { return {load_half(p), load_half(p + width)}; }
-    QAD_INLINE void store_pair(uint16_t *p, Pair pair) {
+    static constexpr bool streams = false; /* half a vector at a time, it cannot */
+    QAD_INLINE void store_pair(uint16_t *p, Pair pair, bool) {
         store_half(p, pair.first);
         store_half(p + width, pair.second);
     }
     QAD_INLINE void keep_pair_if(uint16_t *p, M first, M second) {
-        store_pair(p, {keep_if(first, load_half(p)), keep_if(second, load_half(p + width))});
+        store_pair(p, {keep_if(first, load_half(p)), keep_if(second, load_half(p + width))}, false);
     }
     QAD_INLINE WordPair random_pair(const uint16_t *p) { return random_in_order(p); }
 

@@ -1,10 +1,10 @@
 /* Fake quantization, quantization and dequantization of a range of blocks, a batch of elements at a time.
  *
  * A batch runs in stages over memory that is in the first-level cache by then: keys of the blocks (their largest
- * element), scales of all blocks at once, random bits, codes. The scales of the next batch are found before the codes of
- * this one, so that the latency of their divisions has something to hide behind. Rounding adds and subtracts 1.5 x 2^23,
- * which rounds half to even on every instruction set, after clamping, which commutes with it because the ends of the
- * range are integers; it also turns -0 into the one zero that a code has.
+ * element), scales of all blocks at once, random bits, codes. The scales of the next batch are found before the codes
+ * of this one, so that the latency of their divisions has something to hide behind. Rounding adds and subtracts
+ * 1.5 x 2^23, which rounds half to even on every instruction set, after clamping, which commutes with it because the
+ * ends of the range are integers; it also turns -0 into the one zero that a code has.
  *
  * Weights and outputs of one dtype are worked on as they are; of two, they are staged as fp32.
  */
@@ -24,8 +24,8 @@ constexpr int pair = 2 * width;
 constexpr int most_blocks = QAD_BATCH / 32;
 constexpr uint32_t quiet_nan = 0x7fc00000u;
 
-/* Memory that will be wanted, asked for a chunk at a time while a batch is computed: stages that only compute would else
- * leave the memory idle. Asking for what lies beyond the end is harmless. */
+/* Memory that will be wanted, asked for a chunk at a time while a batch is computed: stages that only compute would
+ * else leave the memory idle. Asking for what lies beyond the end is harmless. */
 struct Ahead {
     const char *in, *out;
     int in_bytes, out_bytes; /* of a chunk: 64 or 128, or 0 */
@@ -42,39 +42,43 @@ struct Ahead {
 };
 
 /* The weights of the batch after the next, whose scales are being found by then, and what the next one writes. Lines to
- * be written are asked for only where they come from memory: out of a cache, that gets in the way (of a copy's rate, fp32
- * forward: 0.97 without and 0.93 with it at 1536 x 576). */
+ * be written are asked for only where they come from memory: out of a cache, that gets in the way (of a copy's rate,
+ * fp32 forward: 0.97 without and 0.93 with it at 1536 x 576). */
 QAD_INLINE Ahead ahead(const qad_fake_quantize_job *job, int64_t first, bool ask_for_out) {
     const int in = size_of(job->weights_dtype), out = size_of(job->out_dtype);
-    return {(const char *)job->weights + in * (first + 2 * QAD_BATCH), (const char *)job->out + out * (first + QAD_BATCH),
-            in * chunk, ask_for_out ? out * chunk : 0};
+    return {(const char *)job->weights + in * (first + 2 * QAD_BATCH),
+            (const char *)job->out + out * (first + QAD_BATCH), in * chunk, ask_for_out ? out * chunk : 0};
 }
 
-template <int dtype, int block>
-QAD_INLINE void find_orders(const typename Elements<dtype>::Stored *values, int blocks, uint32_t *orders) {
-    typedef Elements<dtype> E;
+template <typename Order, int block>
+QAD_INLINE void find_orders_of(const typename Order::Stored *values, int blocks, uint32_t *orders) {
     int b = 0;
     for (; b + 4 <= blocks; b += 4, values += 4 * block)
-        reduce_max_4(orders + b, E::order_of(values, block), E::order_of(values + block, block),
-                     E::order_of(values + 2 * block, block), E::order_of(values + 3 * block, block));
-    for (; b < blocks; ++b, values += block) orders[b] = reduce_max(E::order_of(values, block));
+        reduce_max_4(orders + b, Order::order_of(values, block), Order::order_of(values + block, block),
+                     Order::order_of(values + 2 * block, block), Order::order_of(values + 3 * block, block));
+    for (; b < blocks; ++b, values += block) orders[b] = reduce_max(Order::order_of(values, block));
+}
+
+template <typename Order>
+QAD_CALLED void find_orders(const typename Order::Stored *values, int blocks, int block, uint32_t *orders) {
+    if (block == 32)
+        find_orders_of<Order, 32>(values, blocks, orders);
+    else if (block == 64)
+        find_orders_of<Order, 64>(values, blocks, orders);
+    else
+        find_orders_of<Order, 128>(values, blocks, orders);
 }
 
 /* The key of each block, padded with zeros to whole vectors. */
 template <int dtype>
-QAD_CALLED void find_keys(const typename Elements<dtype>::Stored *values, int blocks, int block, uint32_t *keys) {
-    if (block == 32)
-        find_orders<dtype, 32>(values, blocks, keys);
-    else if (block == 64)
-        find_orders<dtype, 64>(values, blocks, keys);
-    else
-        find_orders<dtype, 128>(values, blocks, keys);
+QAD_INLINE void find_keys(const typename Elements<dtype>::Stored *values, int blocks, int block, uint32_t *keys) {
+    find_orders<typename Elements<dtype>::Order>(values, blocks, block, keys);
     for (int b = blocks; b % width; ++b) keys[b] = 0;
     if (dtype != QAD_F32)
         for (int b = 0; b < blocks; b += width) store_words(keys + b, Elements<dtype>::key_from(load_words(keys + b)));
 }
 
-template <int dtype> QAD_CALLED bool all_finite(const typename Elements<dtype>::Stored *values, int count) {
+template <int dtype> QAD_INLINE bool all_finite(const typename Elements<dtype>::Stored *values, int count) {
     const U largest = set_words(reduce_max(Elements<dtype>::order_of(values, count)));
     return reduce_max(Elements<dtype>::key_from(largest)) < QAD_KEY_NOT_FINITE;
 }
@@ -101,19 +105,12 @@ QAD_INLINE F round_scales(F value, const qad_grid &grid) {
     return choose(less_equal(value, value), magnitude, float_of(set_words(quiet_nan)));
 }
 
-template <int dtype>
-QAD_CALLED void find_scales(const typename Elements<dtype>::Stored *values, const float *given, int blocks,
-                            const qad_grid &grid, Scales &out) {
-    uint32_t keys[most_blocks + width];
+/* From the scales that are given or, if they are null, from the blocks' keys, which may be null if all is finite. */
+QAD_CALLED void find_scales(const uint32_t *keys, const float *given, int blocks, const qad_grid &grid, Scales &out) {
     float padded[most_blocks + width];
-    bool look = false;
     if (given) {
         memcpy(padded, given, (size_t)blocks * 4);
         for (int b = blocks; b % width; ++b) padded[b] = 1.0f;
-        look = !all_finite<dtype>(values, blocks * grid.block);
-        if (look) find_keys<dtype>(values, blocks, grid.block, keys);
-    } else {
-        find_keys<dtype>(values, blocks, grid.block, keys);
     }
     const F end = set((float)(grid.signed_scale ? grid.code_min : grid.code_max)), zero = set(0.0f);
     U any_bad = set_words(0), largest = set_words(0);
@@ -141,11 +138,21 @@ QAD_CALLED void find_scales(const typename Elements<dtype>::Stored *values, cons
     memcpy(&ceiling_bits, &ceiling, 4);
     out.in_range = !given && reduce_max(largest) < ceiling_bits;
     out.damaged_count = 0;
+    const bool look = given && keys;
     if (!look && reduce_max(any_bad) == 0) return;
     for (int b = 0; b < blocks; ++b) {
         out.damaged[b] = !(out.scale[b] <= 3.0e38f) || (look && keys[b] >= QAD_KEY_NOT_FINITE);
         out.damaged_count += out.damaged[b];
     }
+}
+
+template <int dtype>
+QAD_CALLED void find_scales_of(const typename Elements<dtype>::Stored *values, const float *given, int blocks,
+                               const qad_grid &grid, Scales &out) {
+    uint32_t keys[most_blocks + width];
+    const bool look = !given || !all_finite<dtype>(values, blocks * grid.block);
+    if (look) find_keys<dtype>(values, blocks, grid.block, keys);
+    find_scales(look ? keys : nullptr, given, blocks, grid, out);
 }
 
 /* Some blocks on their way through the stages. */
@@ -179,8 +186,8 @@ template <int mode, bool mixed> QAD_INLINE Treatment treatment_of(const Draws &d
 
 QAD_INLINE F round_code(F clamped, F magic) { return sub(add(clamped, magic), magic); }
 
-/* The (fractional, unless hard) code of a scaled weight. A sum with noise is never -0: the noise is never zero, and what
- * cancels gives +0. */
+/* The (fractional, unless hard) code of a scaled weight. A sum with noise is never -0: the noise is never zero, and
+ * what cancels gives +0. */
 template <int mode, bool mixed>
 QAD_INLINE F code_of(F scaled, U random, const Treatment &treatment, F low, F high) {
     F moved = scaled;
@@ -198,7 +205,7 @@ QAD_INLINE F code_of(F scaled, U random, const Treatment &treatment, F low, F hi
 QAD_INLINE int chunks_per_block_log2(const qad_grid &grid) { return grid.block == 32 ? 0 : grid.block == 64 ? 1 : 2; }
 
 template <int dtype, int mode, bool mixed>
-void forward_batch(const Batch &batch, void *to, const qad_grid &grid, const Draws &draws, Ahead next) {
+void forward_batch(const Batch &batch, void *to, bool past, const qad_grid &grid, const Draws &draws, Ahead next) {
     typedef Elements<dtype> E;
     const F low = set((float)grid.code_min), high = set((float)grid.code_max);
     const typename E::Stored *values = (const typename E::Stored *)batch.weights;
@@ -215,14 +222,14 @@ void forward_batch(const Batch &batch, void *to, const qad_grid &grid, const Dra
             const WordPair random = E::random_pair(draws.element + i);
             const Pair codes = {code_of<mode, mixed>(scaled.first, random.first, treatment, low, high),
                                 code_of<mode, mixed>(scaled.second, random.second, treatment, low, high)};
-            E::store_pair(out + i, codes.times(scale));
+            E::store_pair(out + i, codes.times(scale), past);
         }
     }
 }
 
 #ifdef QAD_HAS_LOOK_UP
-/* Hard rounding of 16-bit weights to codes of 4 bits. A rounding sum ends in the code, and that looks up what is stored:
- * the products of a block's scale and the sixteen codes are rounded to 16 bits, not those of its elements. */
+/* Hard rounding of 16-bit weights to codes of 4 bits. A rounding sum ends in the code, and that looks up what is
+ * stored: the products of a block's scale and the sixteen codes are rounded to 16 bits, not those of its elements. */
 template <int dtype> struct LookUp {
     typedef Elements<dtype> E;
 
@@ -242,7 +249,7 @@ template <int dtype> struct LookUp {
         }
     }
 
-    void forward_batch(const Batch &batch, void *to, const qad_grid &grid, Ahead next) const {
+    void forward_batch(const Batch &batch, void *to, bool past, const qad_grid &grid, Ahead next) const {
         const F code = load(codes), magic = set(rounding_magic);
         const U half = load_words(halves), in_order = load_words(order);
         const uint16_t *values = (const uint16_t *)batch.weights;
@@ -255,7 +262,7 @@ template <int dtype> struct LookUp {
             const Pair scaled = E::load_pair(values + c * chunk).times(inverse);
             const U first = bits_of(add(scaled.first, magic)), second = bits_of(add(scaled.second, magic));
             const U stored = look_up_halves(table, join_halves(first, shift_left(second, 16)));
-            store_words(out + c * chunk, dtype == QAD_BF16 ? stored : look_up_halves(stored, in_order));
+            put_words(out + c * chunk, dtype == QAD_BF16 ? stored : look_up_halves(stored, in_order), past);
         }
     }
 };
@@ -372,7 +379,7 @@ template <int dtype> struct Walk {
           per_batch(QAD_BATCH / of.grid.block) {}
 
     /* Find the scales of the batch that begins with a block. */
-    void prepare(Batch &batch, int64_t block, int64_t end) const {
+    __attribute__((noinline)) void prepare(Batch &batch, int64_t block, int64_t end) const {
         batch.block = block;
         batch.element = block * job.grid.block;
         batch.blocks = (int)(end - block < per_batch ? end - block : per_batch);
@@ -380,13 +387,14 @@ template <int dtype> struct Walk {
         batch.weights = dtype == QAD_F32
                             ? load_elements(job.weights, job.weights_dtype, batch.element, batch.count, batch.staged)
                             : (const void *)((const Stored *)job.weights + batch.element);
-        find_scales<dtype>((const Stored *)batch.weights, job.scales ? job.scales + block : nullptr, batch.blocks,
-                           job.grid, batch.scales);
+        find_scales_of<dtype>((const Stored *)batch.weights, job.scales ? job.scales + block : nullptr, batch.blocks,
+                              job.grid, batch.scales);
     }
 
     void draw(const Batch &batch) {
-        if (mode.draws_elements()) fill_random(draws.element, batch.element, batch.count, elements);
+        /* Few and late, the numbers of blocks hide behind the many. */
         if (mode.mixed) fill_blocks(draws, batch.block, batch.blocks, hardness, mode.mode, job.noise.hard_share);
+        if (mode.draws_elements()) fill_random(draws.element, batch.element, batch.count, elements);
     }
 
     /* Call body for each batch of the blocks [begin, end). Returns how many of them were damaged. */
@@ -403,10 +411,12 @@ template <int dtype> struct Walk {
     }
 };
 
-template <int dtype> void (*forward_for(const Mode &mode))(const Batch &, void *, const qad_grid &, const Draws &, Ahead) {
+template <int dtype>
+void (*forward_for(const Mode &mode))(const Batch &, void *, bool, const qad_grid &, const Draws &, Ahead) {
     switch (mode.mode) {
     case QAD_NOISE_UNIFORM:
-        return mode.mixed ? forward_batch<dtype, QAD_NOISE_UNIFORM, true> : forward_batch<dtype, QAD_NOISE_UNIFORM, false>;
+        return mode.mixed ? forward_batch<dtype, QAD_NOISE_UNIFORM, true>
+                          : forward_batch<dtype, QAD_NOISE_UNIFORM, false>;
     case QAD_NOISE_STOCHASTIC:
         return mode.mixed ? forward_batch<dtype, QAD_NOISE_STOCHASTIC, true>
                           : forward_batch<dtype, QAD_NOISE_STOCHASTIC, false>;
@@ -423,31 +433,40 @@ template <int dtype> int64_t forward(const qad_fake_quantize_job &job, int64_t b
     const int size = size_of(job.out_dtype), block = job.grid.block;
     const bool converts = job.out_dtype != dtype;
     /* Past the caches, no line is read only to be overwritten: a third less to move. */
-    const bool streams =
+    const bool past =
         can_stream && job.streams && ((uintptr_t)job.out + (uintptr_t)(begin * block * size)) % (4 * width) == 0;
     alignas(64) float computed[QAD_BATCH];
     alignas(64) uint16_t converted[QAD_BATCH];
 #ifdef QAD_HAS_LOOK_UP
     const LookUp<dtype == QAD_F32 ? QAD_BF16 : dtype> look_up(job.grid);
-    const bool looks_up = dtype != QAD_F32 && walk.mode.mode == QAD_NOISE_NONE && look_up.serves(job.grid);
+    const bool may_look_up = dtype != QAD_F32 && walk.mode.mode == QAD_NOISE_NONE && look_up.serves(job.grid);
+#else
+    const bool may_look_up = false;
 #endif
     const int64_t damaged = walk(begin, end, [&](const Batch &batch) {
         char *out = (char *)job.out + batch.element * size;
-        void *to = converts || streams ? (void *)computed : out;
-        const Ahead next = ahead(&job, batch.element, job.streams && !streams);
+        const bool looks_up = may_look_up && batch.scales.in_range;
+        const bool buffered = converts || (past && !looks_up && !Elements<dtype>::streams);
+        void *to = buffered ? (void *)computed : out;
+        const Ahead next = ahead(&job, batch.element, job.streams && !past);
+        /* While random numbers keep the arithmetic busy, the memory can fetch what will be written. In 16 bits that is
+         * too little to matter. */
+        if (dtype == QAD_F32 && !past && walk.mode.draws_elements())
+            for (int i = 0; i < batch.count * size; i += 64) __builtin_prefetch(out + i, 1, 2);
         walk.draw(batch);
 #ifdef QAD_HAS_LOOK_UP
-        if (looks_up && batch.scales.in_range)
-            look_up.forward_batch(batch, to, job.grid, next);
-        else
+        if (looks_up) look_up.forward_batch(batch, to, past, job.grid, next);
 #endif
-            step(batch, to, job.grid, walk.draws, next);
-        if (batch.scales.damaged_count) fill_damaged<dtype>(to, batch, block, true);
-        if (converts) store_elements(streams ? (void *)converted : out, job.out_dtype, 0, batch.count, computed);
-        if (streams) stream_out(out, converts ? (void *)converted : computed, batch.count * size);
+        if (!looks_up) step(batch, to, past && !buffered, job.grid, walk.draws, next);
+        if (batch.scales.damaged_count) {
+            if (past) end_of_stream();
+            fill_damaged<dtype>(to, batch, block, true);
+        }
+        if (converts) store_elements(past ? (void *)converted : out, job.out_dtype, 0, batch.count, computed);
+        if (past && buffered) stream_out(out, converts ? (void *)converted : computed, batch.count * size);
         if (job.used_scales) memcpy(job.used_scales + batch.block, batch.scales.scale, (size_t)batch.blocks * 4);
     });
-    if (streams) end_of_stream();
+    if (past) end_of_stream();
     return damaged;
 }
 
@@ -520,7 +539,7 @@ int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
         const int64_t first = b * grid.block;
         const float *values = load_elements(job->weights, job->weights_dtype, first, count, in_buffer);
         int8_t *codes = job->codes + first;
-        find_scales<QAD_F32>(values, job->scales ? job->scales + b : nullptr, blocks, grid, scales);
+        find_scales_of<QAD_F32>(values, job->scales ? job->scales + b : nullptr, blocks, grid, scales);
         for (int i = 0; i < blocks; i += width) store_half(halves + i, load(scales.scale + i));
         for (int i = 0; i < blocks; ++i) {
             const F inverse = set(scales.inverse[i]);

@@ -21,8 +21,8 @@ struct Random {
     }
 };
 
-/* Vectors of calls that are worked on side by side, so that one's multiplication hides the latency of another's: as many
- * as the registers hold. */
+/* Vectors of calls that are worked on side by side, so that one's multiplication hides the latency of another's: as
+ * many as the registers hold. */
 constexpr int lanes_of_calls = width == 16 ? 4 : 2;
 
 /* Elements of one step of fill_random: 8 per call. Buffers must have room for a multiple of it. */

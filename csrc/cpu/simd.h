@@ -7,7 +7,8 @@
  * F: `width` floats. U: as many 32-bit words. D: width / 2 words of 64 bits. M: a comparison's result.
  * max_of(a, b) and min_of(a, b) return b if either is NaN. No operation contracts a product and a sum unless it says so.
  * "Halves" are the 16-bit halves of words; join_halves takes the low ones of one and the high ones of the other vector.
- * Where can_stream, stream_words stores past the caches, to an address that is a multiple of a vector's size; end_of_stream after the last.
+ * Where can_stream, stream_words stores past the caches, to an address that is a multiple of a vector's size; after the
+ * last comes end_of_stream.
  */
 #ifndef QAD_SIMD_H
 #define QAD_SIMD_H
@@ -427,8 +428,8 @@ QAD_INLINE void interleave(uint16_t *p, D first, D second) {
 /* ---- the same on every instruction set ---- */
 
 QAD_INLINE F load_bfloat(const uint16_t *p) { return float_of(shift_left(widen(p), 16)); }
-/* A bf16 in the high half of each word, half to even, and whatever in the low one. Not for NaNs but the quiet one, whose
- * payload the rounding would carry into an infinity. */
+/* A bf16 in the high half of each word, half to even, and whatever in the low one. Not for NaNs but the quiet one: the
+ * rounding would carry their payload into an infinity. */
 QAD_INLINE U round_bfloat(F a) {
     const U bits = bits_of(a), odd = bit_and(shift_right(bits, 16), set_words(1));
     return add_words(add_words(bits, set_words(0x7fff)), odd);
