@@ -6,14 +6,15 @@ makes is kept as a graph, never saved: its placeholders are then replaced by the
 tensors. So nothing is rounded on the way, each tensor may have a grid of its own, and memory holds no weights. Feeding
 it a GPTQ folder instead, which it also reads, would pass embedding, head, norms and biases through fp16.
 
-What else is replaced: rotary tables by those that transformers computes, because the builder repeats their formulas
-for some kinds of scaling only; a norm's weight with the 1 already added by the weight itself and an addition, because
+What else is replaced: rotary tables by those that transformers computes, because the builder knows some kinds of scaling
+only, and those by formulas of its own; a norm's weight with the 1 already added by the weight itself and an addition, because
 float32 cannot take the 1 away again.
 
 Shapes: N output features, K input features, G groups along K.
 """
 
 import contextlib
+import copy
 import functools
 import importlib
 import io
@@ -140,6 +141,16 @@ def _weightless(config: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def _without_scaling(config: Any) -> Any:
+    """Return a configuration whose rotary scaling is hidden from the builder: its own tables are replaced anyway."""
+    plain = copy.deepcopy(config)
+    kept = {"rope_theta", "partial_rotary_factor"}
+    plain.rope_parameters = {"rope_type": "default"} | {
+        key: value for key, value in config.rope_parameters.items() if key in kept
+    }
+    return plain
+
+
 def _rotary_tables(model: Any, length: int) -> dict[str, NDArray[np.float32]]:
     """Return cosine and sine of every position and frequency, shape [length, rotary width / 2]."""
     positions = torch.arange(length).unsqueeze(0)
@@ -163,8 +174,9 @@ def build_graph(folder: Path, hf_class: str, target: str) -> Graph:
         UserError: The builder is not installed, or cannot make this model.
     """
     config = AutoConfig.from_pretrained(folder)
-    config.architectures = [hf_class]
     model = _weightless(config)
+    config = _without_scaling(config)
+    config.architectures = [hf_class]
     made: list[Any] = []
     with _builder() as (builder, base), tempfile.TemporaryDirectory() as place:
         originals = base.Model.load_weights, base.Model.save_model
