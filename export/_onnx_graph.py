@@ -6,9 +6,10 @@ makes is kept as a graph, never saved: its placeholders are then replaced by the
 tensors. So nothing is rounded on the way, each tensor may have a grid of its own, and memory holds no weights. Feeding
 it a GPTQ folder instead, which it also reads, would pass embedding, head, norms and biases through fp16.
 
-What else is replaced: rotary tables by those that transformers computes, because the builder knows some kinds of scaling
-only, and those by formulas of its own; a norm's weight with the 1 already added by the weight itself and an addition, because
-float32 cannot take the 1 away again.
+What else is replaced: rotary tables by those that transformers computes, because the builder knows some kinds of
+scaling only, and those by formulas of its own; windows of attention by those of each layer; the scale of an embedding,
+which the builder rounds; a norm's weight with the 1 already added by the weight itself and an addition, because float32
+cannot take the 1 away again.
 
 Shapes: N output features, K input features, G groups along K.
 """
@@ -33,9 +34,12 @@ from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from qad.architectures import attention_window, layer_types, rope_parameters
 from qad.errors import UserError
 
 INSTALL = "pip install 'qad[onnx]'"
+_SCALE = "qad.embedding_scale"
+_POSITIONS = 9  # which input of GroupQueryAttention
 _PACKAGE = "onnxruntime_genai.models"
 # The builder's modules import each other by these bare names, from a folder that it puts on the path.
 _BARE = ("builder_config", "builders", "loaders", "quantization")
@@ -141,25 +145,34 @@ def _weightless(config: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def _without_scaling(config: Any) -> Any:
-    """Return a configuration whose rotary scaling is hidden from the builder: its own tables are replaced anyway."""
+def _plain(config: Any, hf_class: str) -> Any:
+    """Return a configuration that the builder can read: without rotary scaling, for its own tables are replaced anyway.
+
+    Where transformers has rotary settings per type of layer, or a context before scaling, the builder wants them under
+    the names of earlier releases, and takes them for a sign of other tables than those that are put in.
+    """
     plain = copy.deepcopy(config)
-    kept = {"rope_theta", "partial_rotary_factor"}
-    plain.rope_parameters = {"rope_type": "default"} | {
-        key: value for key, value in config.rope_parameters.items() if key in kept
-    }
+    found = config.rope_parameters
+    found = found.get("full_attention", found)
+    plain.rope_parameters = {"rope_type": "default", "rope_theta": found["rope_theta"]}
+    if "partial_rotary_factor" in found:
+        plain.rope_parameters["partial_rotary_factor"] = found["partial_rotary_factor"]
+    plain.rope_local_base_freq = found["rope_theta"]
+    plain.original_max_position_embeddings = config.max_position_embeddings
+    plain.architectures = [hf_class]
     return plain
 
 
-def _rotary_tables(model: Any, length: int) -> dict[str, NDArray[np.float32]]:
-    """Return cosine and sine of every position and frequency, shape [length, rotary width / 2]."""
-    positions = torch.arange(length).unsqueeze(0)
-    cosine, sine = model.model.rotary_emb(torch.zeros(()), positions)
-    half = cosine.shape[-1] // 2
-    return {
-        name: np.ascontiguousarray(table[0, :, :half].numpy())
-        for name, table in (("cos_cache", cosine), ("sin_cache", sine))
-    }
+def _rotary(model: Any, name: str, positions: torch.Tensor) -> NDArray[np.float32]:
+    """Return one of the builder's rotary tables as transformers computes it, shape [positions, rotary width / 2].
+
+    Source of the names: ``make_rotary_embedding_multi_cache`` of the builder's Gemma3Model.
+    """
+    kind = {"global": "full_attention", "local": "sliding_attention"}.get(name.rpartition("_")[2])
+    kinds = () if kind is None else (kind,)
+    cosine, sine = model.model.rotary_emb(torch.zeros(()), positions.unsqueeze(0), *kinds)
+    table = cosine if name.startswith("cos") else sine
+    return np.ascontiguousarray(table[0, :, : table.shape[-1] // 2].numpy())
 
 
 def build_graph(folder: Path, hf_class: str, target: str) -> Graph:
@@ -175,8 +188,7 @@ def build_graph(folder: Path, hf_class: str, target: str) -> Graph:
     """
     config = AutoConfig.from_pretrained(folder)
     model = _weightless(config)
-    config = _without_scaling(config)
-    config.architectures = [hf_class]
+    plain = _plain(config, hf_class)
     made: list[Any] = []
     with _builder() as (builder, base), tempfile.TemporaryDirectory() as place:
         originals = base.Model.load_weights, base.Model.save_model
@@ -186,7 +198,9 @@ def build_graph(folder: Path, hf_class: str, target: str) -> Graph:
             "hf_token": False,
             # One product a parameter: grids may differ, and each is found under its own name.
             "fuse_qkv": False,
-            "hf_details": {"extra_kwargs": {}, "hf_name": str(folder), "hf_config": config},
+            # Caches of one length for all layers, as any runtime keeps them; windows are masked.
+            "windowed_kv_cache": False,
+            "hf_details": {"extra_kwargs": {}, "hf_name": str(folder), "hf_config": plain},
         }
         try:
             # int4 stands for any width: whatever it makes of weights is replaced.
@@ -199,10 +213,87 @@ def build_graph(folder: Path, hf_class: str, target: str) -> Graph:
         finally:
             base.Model.load_weights, base.Model.save_model = originals
         genai_config = Path(place, "out", "genai_config.json").read_text(encoding="utf-8")
-    return _without_weights(made[0], model, genai_config)
+    graph = _without_weights(made[0], model, genai_config)
+    settings = config.to_dict()
+    _set_windows(graph.proto, settings)
+    if rope_parameters(settings)["rope_type"] == "longrope":
+        if target != "cpu":
+            raise UserError(f"a graph with longrope for {target} is not known to be right: export with --target cpu")
+        _add_long_positions(graph, model, settings)
+    return graph
 
 
-def _without_weights(made: Any, model: PreTrainedModel, genai_config: str) -> Graph:
+def _set_windows(proto: Any, config: dict[str, Any]) -> None:
+    """Let each layer attend within the window that its type has; the builder gives some models one for all layers."""
+    from onnx import helper
+
+    types, window = layer_types(config), attention_window(config)
+    for node in proto.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            layer = int(node.name.split("layers.")[1].split("/")[0])
+            kept = [attribute for attribute in node.attribute if attribute.name != "local_window_size"]
+            kept.append(
+                helper.make_attribute(
+                    "local_window_size", -1 if window is None or types[layer] == "full_attention" else window
+                )
+            )
+            texts = [attribute.SerializeToString() for attribute in kept]
+            del node.attribute[:]
+            for text in texts:
+                node.attribute.add().ParseFromString(text)
+
+
+def _add_long_positions(graph: Graph, model: Any, config: dict[str, Any]) -> None:
+    """Let tokens of a sequence longer than the original context be rotated by the long factors of longrope.
+
+    The long table stands below the short one, and positions are counted from there once the sequence is too long, as
+    transformers changes its frequencies. Without a branch, because one would copy its table for each token.
+    """
+    from onnx import helper
+
+    short = rope_parameters(config).get("original_max_position_embeddings") or config.get(
+        "original_max_position_embeddings"
+    )
+    length = config["max_position_embeddings"]
+    if not isinstance(short, int) or short >= length:
+        return
+    for name in ("cos_cache", "sin_cache"):
+        parts = [_rotary(model, name, torch.arange(count)) for count in (short, length)]
+        graph.tables[name] = np.concatenate(parts)
+    mask = "/model/attn_mask_reformat/attn_mask_subgraph"
+    constants = {"zero": 0, "one": 1, "short": short}
+    graph.tables.update({f"qad.{name}": np.array(value, dtype=np.int64) for name, value in constants.items()})
+    graph.tables["qad.last"] = np.array([1], dtype=np.int64)
+    # Each line: operator, inputs, output. A sequence's first new position is what it holds less what is new, and that
+    # is below nought only for the padding of a prompt.
+    steps = (
+        ("Shape", ("input_ids",), "shape"),
+        ("Gather", ("qad.shape", "qad.one"), "new"),
+        ("Range", ("qad.zero", "qad.new", "qad.one"), "steps"),
+        ("Unsqueeze", (f"{mask}/Sub/output_0", "qad.last"), "end"),
+        ("Add", ("qad.end", "qad.one"), "held"),
+        ("Sub", ("qad.held", "qad.new"), "before"),
+        ("Max", ("qad.before", "qad.zero"), "first"),
+        ("Add", ("qad.first", "qad.steps"), "position"),
+        ("Greater", (f"{mask}/Gather/output_0", "qad.short"), "is_long"),
+        ("Where", ("qad.is_long", "qad.short", "qad.zero"), "start"),
+        ("Add", ("qad.position", "qad.start"), "row"),
+    )
+    nodes = [
+        helper.make_node(op_type, inputs, [f"qad.{output}"], f"/qad/{output}") for op_type, inputs, output in steps
+    ]
+    proto = graph.proto.graph
+    first = next(index for index, node in enumerate(proto.node) if node.op_type == "GroupQueryAttention")
+    for node in proto.node:
+        if node.op_type == "GroupQueryAttention":
+            node.input[_POSITIONS] = "qad.row"
+    texts = [node.SerializeToString() for node in (*proto.node[:first], *nodes, *proto.node[first:])]
+    del proto.node[:]
+    for text in texts:
+        proto.node.add().ParseFromString(text)
+
+
+def _without_weights(made: Any, model: Any, genai_config: str) -> Graph:
     """Return what the builder made as a protocol buffer that holds no parameters."""
     import onnx_ir
 
@@ -217,14 +308,22 @@ def _without_weights(made: Any, model: PreTrainedModel, genai_config: str) -> Gr
             half.add(name)
         value.const_value = None
     graph.initializers.clear()
-    exact = _rotary_tables(model, made.rope_attrs["cache_length"])
-    for name, table in exact.items():
-        if name in tables:
-            if table.shape != tables[name].shape:
-                raise UserError(f"the builder's {name} has shape {tables[name].shape} and the model's {table.shape}")
-            tables[name] = table.astype(tables[name].dtype)
+    proto = onnx_ir.to_proto(made.model)
+    read = {name for node in proto.graph.node for name in node.input}
+    tables = {name: table for name, table in tables.items() if name in read}
+    for name, theirs in tables.items():
+        if name.startswith(("cos_cache", "sin_cache")):
+            table = _rotary(model, name, torch.arange(len(theirs)))
+            assert table.shape == theirs.shape, (name, table.shape, theirs.shape)
+            tables[name] = table.astype(theirs.dtype)
+    scale = getattr(model.model.embed_tokens, "embed_scale", None)
+    for node in proto.graph.node:
+        if node.name == "/model/embed_tokens/Mul":
+            # The builder rounds it to two decimals.
+            node.input[1] = _SCALE
+            tables[_SCALE] = np.array(float(scale), dtype=np.float16 if half else np.float32)
     return Graph(
-        proto=onnx_ir.to_proto(made.model),
+        proto=proto,
         half=frozenset(half),
         norm_offset=float(made.layernorm_attrs["add_offset"]),
         tables=tables,

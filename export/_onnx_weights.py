@@ -211,7 +211,11 @@ class _Placer:
         graph = self._graph.proto.graph
         products = {parameter_of(other.name): other for other in self._originals if other.op_type == "MatMul"}
         outputs = [products[part].output[0] for part in parts]
-        widths = {value.name: value.type.tensor_type.shape.dim[-1].dim_value for value in graph.value_info}
+        widths = {
+            value.name: value.type.tensor_type.shape.dim[-1].dim_value
+            for value in graph.value_info
+            if value.name in outputs
+        }
         whole, sizes = f"{name}.product", f"{name}.sizes"
         node.name, node.output[0] = f"/{whole}", whole
         self._multiply(node, name)

@@ -13,10 +13,10 @@ in fp16, and so rounds products of 8-bit codes with their scales, norms and bias
 from pathlib import Path
 
 from qad import __version__
-from qad.architectures import ARCHITECTURES
+from qad.architectures import get_architecture, rotary_dim
 from qad.artifact import Artifact
 from qad.errors import UserError
-from qad.export import OnProgress, Rounding, Weights, check_grids, get
+from qad.export import OnProgress, Rounding, Weights, check_grids, formats_that_carry, get
 from qad.export._folder import check_target, copy_companions, write_json
 from qad.export._onnx_decode import MODEL_FILE, RUN_HASH, ONNXWeights
 from qad.files import replacing_folder
@@ -28,6 +28,8 @@ FP16_RUNTIMES = False
 # Target -> accuracy level unless one is asked for. CUDA's kernels have no levels.
 TARGETS = {"cpu": 4, "cuda": 0}
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+# Of GroupQueryAttention.
+_ROTARY_STEP = 16
 
 
 def recognizes(path: Path) -> bool:
@@ -51,9 +53,14 @@ def _check(artifact: Artifact, target: str, accuracy_level: int | None) -> None:
     if accuracy_level is not None and accuracy_level not in ACCURACY_LEVELS:
         raise UserError(f"there is no accuracy level {accuracy_level}: 1 (exact float32) to 4 (8-bit inputs), or 0")
     check_grids(artifact, get("onnx"))
-    kind = str(artifact.config.get("model_type"))
-    if kind not in ARCHITECTURES:
-        raise UserError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    get_architecture(artifact.config)
+    width = rotary_dim(artifact.config)
+    if width % _ROTARY_STEP:
+        able = [name for name in formats_that_carry(artifact) if name != "onnx"]
+        raise UserError(
+            f"the model rotates {width} dimensions of a head, and ONNX Runtime a multiple of {_ROTARY_STEP}"
+            + (f"; formats that can: {', '.join(able)}" if able else "")
+        )
 
 
 def write(
@@ -88,7 +95,7 @@ def write(
     from qad.export._onnx_graph import build_graph
     from qad.export._onnx_weights import place_weights, write_model
 
-    hf_class = ARCHITECTURES[artifact.config["model_type"]].hf_class
+    hf_class = get_architecture(artifact.config).hf_class
     config = artifact.config | {
         "architectures": [hf_class],
         "dtype": "float32",
