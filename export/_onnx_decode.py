@@ -36,6 +36,7 @@ _CHUNK = 1 << 22  # weights decoded at a time
 # ONNX's numbers of types.
 _TYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 10: np.float16}
 _INT = 2  # AttributeProto.INT
+_EXTERNAL = 1  # TensorProto.EXTERNAL
 _PARAMETERS = (".weight", ".bias")
 
 
@@ -144,6 +145,8 @@ class ONNXWeights(Mapping[str, NDArray[np.float32]]):
         for initializer in model.graph.initializer:
             if described.setdefault(initializer.name, initializer) is not initializer:
                 raise ValueError(f"two initializers are named {initializer.name}")
+            if initializer.data_location == _EXTERNAL:
+                self._tensor(initializer)  # tables too: a runtime reads them
         read: set[str] = set()
         packed: set[str] = set()
         layouts: set[_Quantized] = set()
@@ -218,7 +221,7 @@ class ONNXWeights(Mapping[str, NDArray[np.float32]]):
             raise ValueError(f"{name} has values of type {described.data_type}")
         dtype = _TYPES[described.data_type]
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        if described.data_location != 1:  # TensorProto.EXTERNAL
+        if described.data_location != _EXTERNAL:
             if len(described.raw_data) != size:
                 raise ValueError(f"{name} has {len(described.raw_data)} bytes and not {size}")
             return _Tensor(None, 0, shape, dtype, bytes(described.raw_data))

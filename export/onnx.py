@@ -42,16 +42,12 @@ def only_half(artifact: Artifact) -> frozenset[str]:
     return frozenset()
 
 
-def _check(artifact: Artifact, target: str, accuracy_level: int | None) -> None:
-    """Check what can be checked before anything is made.
+def check(artifact: Artifact) -> None:
+    """Check what can be known before anything is written.
 
     Raises:
-        UserError: An option, a grid or an architecture that ONNX folders do not have.
+        UserError: A grid or an architecture that ONNX folders cannot carry.
     """
-    if target not in TARGETS:
-        raise UserError(f"unknown target {target!r}: {' or '.join(TARGETS)}")
-    if accuracy_level is not None and accuracy_level not in ACCURACY_LEVELS:
-        raise UserError(f"there is no accuracy level {accuracy_level}: 1 (exact float32) to 4 (8-bit inputs), or 0")
     check_grids(artifact, get("onnx"))
     get_architecture(artifact.config)
     width = rotary_dim(artifact.config)
@@ -88,7 +84,11 @@ def write(
         UserError: Grids or an architecture that ONNX cannot carry, no tokenizer, libraries that are not installed, a
             folder that holds something else, or a full disk.
     """
-    _check(artifact, target, accuracy_level)
+    if target not in TARGETS:
+        raise UserError(f"unknown target {target!r}: {' or '.join(TARGETS)}")
+    if accuracy_level is not None and accuracy_level not in ACCURACY_LEVELS:
+        raise UserError(f"there is no accuracy level {accuracy_level}: 1 (exact float32) to 4 (8-bit inputs), or 0")
+    check(artifact)
     check_target(artifact, path, run_hash, "ONNX")
     tokenizer = load_tokenizer(str(artifact.folder))
     # Imported here: they load the libraries of the extra.
