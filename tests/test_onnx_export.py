@@ -1,5 +1,6 @@
 """ONNX export: bit-exact by the format's text and by ONNX Runtime's own operators, and as a model that runs."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ from qad.runtimes import ort as ort_module
 from qad.verify import compare_runtime, verify, verify_command
 from tests.helpers_models import MODELS, make_artifact, make_tokenizer, verify_text
 
-onnx = pytest.importorskip("onnx")
+onnx: Any = pytest.importorskip("onnx")
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime_genai")
 
@@ -169,7 +170,7 @@ def test_onnx_runtime_decodes_the_trained_weights(case: str, exported: Exported)
         )
         domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         lookup = helper.make_model(graph, opset_imports=domains, ir_version=10)
-        (found,) = InferenceSession(lookup.SerializeToString()).run(None, {"rows": np.arange(rows)})
+        found: Any = InferenceSession(lookup.SerializeToString()).run(None, {"rows": np.arange(rows)})[0]
         wanted = artifact.weight(name).numpy()
         assert np.array_equal(found.view(np.uint32), wanted.view(np.uint32)), name
 
@@ -416,16 +417,15 @@ def test_tokenizer_and_settings_come_along(case: str, exported: Exported) -> Non
 
 @pytest.mark.parametrize("case", ["llama-tied", "qwen3", "gemma3"])
 def test_onnxruntime_genai_generates_the_same(case: str, exported: Exported) -> None:
-    import onnxruntime_genai
-
+    genai: Any = importlib.import_module("onnxruntime_genai")
     _, folder = exported(case)
     with RUNTIME.open(folder, threads=1) as session:
         prompt = session.chat_prompt("How many apples? 12!")
         wanted = [piece.token for piece in session.stream(prompt, 16) if piece.token is not None]
-    model = onnxruntime_genai.Model(str(folder))
-    settings = onnxruntime_genai.GeneratorParams(model)
+    model = genai.Model(str(folder))
+    settings = genai.GeneratorParams(model)
     settings.set_search_options(max_length=len(prompt) + len(wanted), do_sample=False)
-    generator = onnxruntime_genai.Generator(model, settings)
+    generator = genai.Generator(model, settings)
     generator.append_tokens(prompt)
     made = []
     while not generator.is_done() and len(made) < len(wanted):
