@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter, LlamaFileType, RopeScalingType, TokenType, size_label
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 import qad
@@ -30,6 +31,7 @@ from qad.architectures import (
 from qad.artifact import Artifact
 from qad.errors import UserError
 from qad.model import load_tokenizer
+from qad.sentencepieces import SPACE, byte_token, is_sentencepieces, read_pieces
 
 RUN_HASH = "qad.run_hash"
 RECIPE = "qad.recipe"
@@ -50,18 +52,31 @@ _FILE_TYPES = {
 
 
 def _without_orders(name: str) -> str:
-    """Return a model's name so that llama.cpp reads no orders in it.
-
-    A file whose name contains one of these gets white space stripped beside its special tokens, whatever its tokenizer
-    does (``llama_vocab::impl::load``).
-    """
+    """Return a model's name so that llama.cpp reads no orders in it, see ``add_name``."""
     for order in ("phi-3", "phi3", "modern-bert"):
         name = re.sub(re.escape(order), lambda found: f"{found[0][0]} {found[0][1:]}", name, flags=re.IGNORECASE)
     return name
 
 
+def add_name(writer: GGUFWriter, artifact: Artifact, strips: bool) -> None:
+    """Add the model's name, from which llama.cpp takes whether special tokens swallow white space.
+
+    A file whose name contains ``phi-3`` has white space removed after nearly all of them, and no other file has
+    (``llama_vocab::impl::load``); what the tokenizer does is not asked for.
+
+    Args:
+        writer: The writer.
+        artifact: What is exported.
+        strips: Whether the tokenizer does so, see ``add_tokenizer``.
+    """
+    origins = (artifact.config.get("_name_or_path"), artifact.recipe.get("student"), artifact.recipe.get("teacher"))
+    origin = next((str(name) for name in origins if name), artifact.folder.absolute().parent.name)
+    name = _without_orders(Path(origin).name.removesuffix(".gguf"))
+    writer.add_name(f"{name} (phi-3 tokens)" if strips else name)
+
+
 def add_general(writer: GGUFWriter, artifact: Artifact, parameters: int, main_grid: str | None) -> None:
-    """Add names, sizes and where the file came from.
+    """Add sizes and where the file came from.
 
     Args:
         writer: The writer.
@@ -69,10 +84,7 @@ def add_general(writer: GGUFWriter, artifact: Artifact, parameters: int, main_gr
         parameters: Number of weights.
         main_grid: Grid of most weights, None if none is quantized.
     """
-    origins = (artifact.config.get("_name_or_path"), artifact.recipe.get("student"), artifact.recipe.get("teacher"))
-    origin = next((str(name) for name in origins if name), artifact.folder.absolute().parent.name)
     writer.add_type("model")
-    writer.add_name(_without_orders(Path(origin).name.removesuffix(".gguf")))
     writer.add_size_label(size_label(parameters, parameters, 0, 0))
     writer.add_quantization_version(2)
     writer.add_file_type(_FILE_TYPES[main_grid] if main_grid else LlamaFileType.ALL_F32)
@@ -191,8 +203,56 @@ def _first(token_id: int | list[int] | None) -> int | None:
     return token_id[0] if isinstance(token_id, list) else token_id
 
 
-def add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
-    """Add vocabulary, merges, splitter, special tokens and chat template.
+def _strips(tokenizer: PreTrainedTokenizerBase, texts: list[str], types: list[int]) -> bool:
+    """Return whether special tokens swallow the white space after them: none, or those that do in Phi-3.
+
+    Raises:
+        UserError: Others do, or they do something else to the text beside them.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    special = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    rstrip = {token.content for token in added if token.rstrip}
+    strange = sorted(token.content for token in added if token.lstrip or token.single_word)
+    keeping = {"<unk>", "<s>", "<|endoftext|>"}
+    phi = {text for text, kind in zip(texts, types, strict=True) if kind in special} - keeping
+    if not strange and (not rstrip or (rstrip == phi and keeping | {"</s>"} <= set(texts))):
+        return bool(rstrip)
+    raise UserError(
+        f"the tokenizer's token {(strange or sorted(rstrip))[0]!r} takes in white space or wants to stand alone, which "
+        "llama.cpp does for no model but Phi-3: its tokens would be wrong"
+    )
+
+
+def _add_sentencepieces(writer: GGUFWriter, backend: Tokenizer, texts: list[str], types: list[int]) -> None:
+    """Add what is said of a sentencepiece-like tokenizer: scores, and whether text gets a leading space."""
+    pieces = read_pieces(backend, texts)
+    for value in range(256):
+        types[texts.index(byte_token(value))] = int(TokenType.BYTE)
+    for index, text in enumerate(texts):
+        if types[index] == TokenType.USER_DEFINED and not text.strip(SPACE):
+            # A run of spaces. What is user-defined is shown as it is written, which is not as a space.
+            types[index] = int(TokenType.NORMAL)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([pieces.scores.get(text, 0.0) for text in texts])
+    writer.add_add_space_prefix(pieces.space_prefix)
+
+
+def _add_byte_pairs(writer: GGUFWriter, backend: Tokenizer) -> None:
+    """Add what is said of a byte-level tokenizer: merges and splitter."""
+    splitter = detect_splitter(backend)
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splitter.name)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_add_space_prefix(False)
+
+
+def add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> bool:
+    """Add vocabulary, merges or scores, splitter, special tokens and chat template.
+
+    Returns:
+        Whether special tokens swallow the white space after them, which only the model's name can say.
 
     Raises:
         UserError: No tokenizer, one that llama.cpp cannot run, or one that does not belong to the model.
@@ -201,14 +261,16 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> N
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {folder} has no tokenizer.json; save it with a current transformers")
     backend = tokenizer.backend_tokenizer
-    splitter = detect_splitter(backend)
     texts, types = _tokens(tokenizer, config["vocab_size"])
-    merges = json.loads(backend.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitter.name)
+    strips = _strips(tokenizer, texts, types)
+    if is_sentencepieces(backend):
+        if tokenizer.unk_token_id is not None and types[tokenizer.unk_token_id] == TokenType.CONTROL:
+            types[tokenizer.unk_token_id] = int(TokenType.UNKNOWN)
+        _add_sentencepieces(writer, backend, texts, types)
+    else:
+        _add_byte_pairs(writer, backend)
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else _first(config.get("eos_token_id"))
     # Without the key llama.cpp takes token 11 for the first; a model without one never sees it, for none is added.
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else _first(config.get("bos_token_id"))
@@ -225,12 +287,12 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> N
     encoded = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(len(encoded) > 1 and encoded[0] == bos)
     writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == eos)
-    writer.add_add_space_prefix(False)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if template:
         writer.add_chat_template(template)
+    return strips
 
 
 def main_grid(artifact: Artifact) -> str | None:

@@ -120,7 +120,8 @@ def _write_header(artifact: Artifact, order: list[str], names: Mapping[str, str]
     parameters = sum(math.prod(artifact.shape(name)) for name in order)
     _gguf_metadata.add_general(writer, artifact, parameters, _gguf_metadata.main_grid(artifact))
     _gguf_metadata.add_model(writer, artifact.config)
-    _gguf_metadata.add_tokenizer(writer, artifact.folder, artifact.config)
+    strips = _gguf_metadata.add_tokenizer(writer, artifact.folder, artifact.config)
+    _gguf_metadata.add_name(writer, artifact, strips)
     for name, factors in _gguf_metadata.rope_factors(artifact.config).items():
         writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
     for name in order:

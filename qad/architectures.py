@@ -351,6 +351,19 @@ class Splitter:
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The pattern of cl100k and its heirs; they differ in how many digits stay together.
 _CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Words may begin in capitals and go on in small letters, but not the other way round: Mistral's tekken, and o200k.
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+    r"%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = _CASED % ("", "", r"\p{N}")
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = _CASED % (_CONTRACTION, _CONTRACTION, r"\p{N}{1,3}")
+
+# What llama.cpp knows by name but computes otherwise: of letters it tells only ASCII ones by their case, and marks that
+# combine with letters (in Hindi, Thai, or decomposed accents) it takes for signs.
+_APPROXIMATED = (Splitter("tekken", (_TEKKEN,), ignore_merges=True), Splitter("gpt-4o", (_O200K,)))
 
 SPLITTERS: dict[str, Splitter] = {
     splitter.name: splitter
@@ -382,12 +395,22 @@ def detect_splitter(tokenizer: Tokenizer) -> Splitter:
     """
     splits = tokenizer.pre_tokenizer
     if type(tokenizer.model).__name__ != "BPE" or splits is None or tokenizer.model.byte_fallback:
-        raise UserError("only byte-level BPE tokenizers (as of SmolLM2, Qwen, Llama 3) can be exported to GGUF")
+        raise UserError(
+            "only byte-level BPE tokenizers (as of SmolLM2, Qwen, Llama 3) and sentencepiece ones with bytes (as of "
+            "Llama 2, Mistral, Phi-3, Gemma) can be exported to GGUF"
+        )
     pieces = splits.pre_tokenize_str(_PROBE)
     same_cuts = [splitter for splitter in SPLITTERS.values() if splitter.build().pre_tokenize_str(_PROBE) == pieces]
     for splitter in same_cuts:
         if splitter.ignore_merges == bool(tokenizer.model.ignore_merges):
             return splitter
+    for splitter in _APPROXIMATED:
+        if splitter.build().pre_tokenize_str(_PROBE) == pieces:
+            raise UserError(
+                f"the tokenizer cuts text as {splitter.name} does, and llama.cpp does so for ASCII letters only: words "
+                "with capitals or combining marks of other scripts would become other tokens; formats that bring "
+                "their own tokenizer are not concerned"
+            )
     raise UserError(
         "the tokenizer cuts text into words in a way that llama.cpp may not know, so its tokens would be wrong; "
         f"known splitters: {', '.join(SPLITTERS)}"

@@ -151,19 +151,28 @@ class LlamaSession:
             return None
         return int(self._library.llama_vocab_bos(self._vocabulary))
 
-    def _piece(self, token: int, *, special: bool) -> bytes:
-        """Return a token's bytes, which may be a part of a character."""
+    @functools.cached_property
+    def _prefixes(self) -> bool:
+        """Whether the tokenizer puts a space before a text, which is not shown then."""
+        kind, prefix = self.metadata("tokenizer.ggml.model"), self.metadata("tokenizer.ggml.add_space_prefix")
+        return kind == "llama" and prefix != "false"
+
+    def _piece(self, token: int, *, special: bool, first: bool = False) -> bytes:
+        """Return a token's bytes, which may be a part of a character; ``first``: it begins a text."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length = self._library.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, special)
+            length = self._library.llama_token_to_piece(
+                self._vocabulary, token, buffer, size, int(first and self._prefixes), special
+            )
             if length >= 0:
                 return buffer.raw[:length]
             size = -length
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
-        return b"".join(self._piece(token, special=True) for token in tokens).decode("utf-8", errors="replace")
+        pieces = (self._piece(token, special=True, first=index == 0) for index, token in enumerate(tokens))
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def chat_prompt(self, text: str) -> list[int]:
         """Return the tokens of one user message under the file's chat template; plain tokens if it has none.
@@ -282,7 +291,7 @@ class LlamaSession:
                 reason = "stop"
                 break
             made += 1
-            yield Piece(text.decode(self._piece(token, special=False)), token)
+            yield Piece(text.decode(self._piece(token, special=False, first=made == 1)), token)
             if self._uses != use:
                 raise RuntimeError("the session was used for something else before this stream ended")
             if made < new_tokens:

@@ -20,6 +20,7 @@ from qad.architectures import ARCHITECTURES, SPLITTERS
 from qad.artifact import Artifact, save_artifact, tensor_sha256
 from qad.grid import get_grid
 from qad.plan import KEEP, is_tied, make_plan
+from qad.sentencepieces import SPACE, byte_token
 from qad.tensor import QuantizedTensor, dequantize, quantize, round_scales
 
 CHAT_TEMPLATE = (
@@ -30,6 +31,19 @@ LLAMA3_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
     "{{ message.content }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+PHI3_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n{{ message.content }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 
 # Text that a splitter or a merge can get wrong: digits, contractions, white space, code, scripts, emoji, chat markers.
@@ -62,9 +76,13 @@ class TokenizerFamily:
     adds_bos: bool = False
     nfc: bool = False
     plain: tuple[str, ...] = ()
+    # Of sentencepiece kind: whether text gets a leading space. None: byte-level.
+    prefix: bool | None = None
+    strips: tuple[str, ...] = ()
 
 
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_PIECES = ("<unk>", "<s>", "</s>")
 _HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 TOKENIZERS: dict[str, TokenizerFamily] = {
     "smollm": TokenizerFamily("smollm", _CHATML, "<|im_start|>", "<|im_end|>", "<|im_end|>", CHAT_TEMPLATE),
@@ -82,6 +100,30 @@ TOKENIZERS: dict[str, TokenizerFamily] = {
         "llama-bpe", _HEADERS, "<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", LLAMA3_TEMPLATE, adds_bos=True
     ),
     "gpt2": TokenizerFamily("gpt-2", _CHATML, None, "<|im_end|>", "<|endoftext|>", CHAT_TEMPLATE),
+    "mistral": TokenizerFamily(
+        "default", _PIECES, "<s>", "</s>", "</s>", MISTRAL_TEMPLATE, adds_bos=True, prefix=True, plain=("<tool>",)
+    ),
+    "phi3": TokenizerFamily(
+        "default",
+        (*_PIECES, "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        "<s>",
+        "<|end|>",
+        "<|endoftext|>",
+        PHI3_TEMPLATE,
+        prefix=True,
+        strips=("</s>", "<|user|>", "<|assistant|>", "<|end|>"),
+    ),
+    "gemma": TokenizerFamily(
+        "default",
+        ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
+        "<bos>",
+        "<eos>",
+        "<pad>",
+        GEMMA_TEMPLATE,
+        adds_bos=True,
+        prefix=False,
+        plain=("\n\n", "\n\n\n", "<b>", "\u2581\u2581\u2581"),
+    ),
 }
 
 
@@ -90,10 +132,42 @@ def verify_text() -> str:
     return resources.files("qad.data").joinpath("verify.txt").read_text()
 
 
-@functools.cache
-def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of about 600 tokens, trained on a page of text."""
-    kind = TOKENIZERS[family]
+def make_pieces(kind: TokenizerFamily) -> Tokenizer:
+    """Return a tokenizer as those converted from sentencepiece: bytes, spaces marked, every possible merge listed."""
+    spaces = normalizers.Replace(" ", SPACE)
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])  # type: ignore[assignment]
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never")  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(vocab_size=420, min_frequency=2, show_progress=False)
+    trained.train_from_iterator([verify_text(), *VARIED_TEXTS], trainer)
+    learned = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    texts = [*kind.special, *(byte_token(value) for value in range(256)), *(text for text, _ in learned)]
+    # Runs of spaces and of signs, as real vocabularies have them: there several merges make the same token.
+    texts += [SPACE * length for length in range(2, 9)] + ["=" * length for length in (2, 3, 4, 8)]
+    vocabulary = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    merges = [
+        (text[:cut], text[cut:])
+        for text in vocabulary
+        for cut in range(len(text) - 1, 0, -1)
+        if text not in kind.special and text[:cut] in vocabulary and text[cut:] in vocabulary
+    ]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if kind.prefix:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])  # type: ignore[assignment]
+        decoding.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = spaces  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Sequence(decoding)  # type: ignore[assignment]
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, rstrip=text in kind.strips) for text in kind.special]
+    )
+    return tokenizer
+
+
+def make_byte_pairs(kind: TokenizerFamily) -> Tokenizer:
+    """Return a byte-level tokenizer."""
     splitter = SPLITTERS[kind.splitter]
     tokenizer = Tokenizer(models.BPE(ignore_merges=splitter.ignore_merges))
     tokenizer.pre_tokenizer = splitter.build()  # type: ignore[assignment]
@@ -108,6 +182,14 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([verify_text(), *VARIED_TEXTS], trainer)
+    return tokenizer
+
+
+@functools.cache
+def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of about 600 tokens, trained on a page of text."""
+    kind = TOKENIZERS[family]
+    tokenizer = make_byte_pairs(kind) if kind.prefix is None else make_pieces(kind)
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in kind.plain])
     if kind.adds_bos:
         assert kind.bos is not None
@@ -121,6 +203,7 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
         pad_token=kind.pad,
         clean_up_tokenization_spaces=False,
         **({"bos_token": kind.bos} if kind.bos else {}),
+        **({"unk_token": "<unk>"} if "<unk>" in kind.special else {}),
     )
     fast.chat_template = kind.template
     return fast
@@ -184,11 +267,11 @@ MODELS: dict[str, TinyModel] = {
     ),
     "qwen3": TinyModel("qwen3", "qwen", {"head_dim": 64, "tie_word_embeddings": False}),
     "qwen3-yarn": TinyModel("qwen3", "qwen", {"head_dim": 64, "rope_parameters": _YARN}),
-    "mistral": TinyModel("mistral", "smollm", {"sliding_window": None, "head_dim": 64, "tie_word_embeddings": False}),
+    "mistral": TinyModel("mistral", "mistral", {"sliding_window": None, "head_dim": 64, "tie_word_embeddings": False}),
     "mistral-window": TinyModel("mistral", "smollm", {"sliding_window": 300}),
-    "phi3": TinyModel("phi3", "llama3", {"sliding_window": 300, "tie_word_embeddings": False}),
+    "phi3": TinyModel("phi3", "phi3", {"sliding_window": 300, "tie_word_embeddings": False}),
     "phi3-longrope": TinyModel("phi3", "gpt2", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128}),
-    "gemma3": TinyModel("gemma3_text", "qwen", _GEMMA),
+    "gemma3": TinyModel("gemma3_text", "gemma", _GEMMA),
     "gemma3-linear": TinyModel(
         "gemma3_text",
         "smollm",

@@ -21,6 +21,7 @@ FLOORS = {
     "qad.grid": 0,
     "qad.budget": 0,
     "qad.architectures": 0,
+    "qad.sentencepieces": 0,
     "qad.gguf_check": 0,
     "qad.devices": 0,
     "qad.host": 0,

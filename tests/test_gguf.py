@@ -113,9 +113,11 @@ def test_tokenizer_metadata(case: str, exported: Exported) -> None:
     if family.bos:
         assert tokens[metadata["tokenizer.ggml.bos_token_id"]] == family.bos
     for text in family.special:
-        assert types[tokens.index(text)] == TokenType.CONTROL
+        wanted = TokenType.UNKNOWN if text == "<unk>" else TokenType.CONTROL
+        assert types[tokens.index(text)] == wanted, text
     for text in family.plain:
         wanted = TokenType.CONTROL if text.startswith("<|") else TokenType.USER_DEFINED
+        wanted = wanted if text.strip("\u2581") else TokenType.NORMAL
         assert types[tokens.index(text)] == wanted, text
     for index in range(len(tokenizer), len(tokens)):
         assert (tokens[index], types[index]) == (f"[PAD{index}]", TokenType.UNUSED)
