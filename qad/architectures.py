@@ -60,6 +60,8 @@ class Architecture:
         gguf_windows: Whether llama.cpp computes such windows. Where it does not, a GGUF file is for contexts no longer
             than a window, within which both are the same.
         gguf_partial_rope: Whether llama.cpp rotates only a part of each head where the configuration says so.
+        gptqmodel_splits: Whether GPTQModel's own loader wants projections apart that checkpoints have fused. Other
+            loaders (transformers, vLLM) take them as they are.
         fixed: Settings that must have certain values.
         gguf_fixed: Those that must for GGUF.
     """
@@ -77,6 +79,7 @@ class Architecture:
     windows: str = "none"
     gguf_windows: bool = False
     gguf_partial_rope: bool = False
+    gptqmodel_splits: bool = False
     fixed: tuple[Fixed, ...] = ()
     gguf_fixed: tuple[Fixed, ...] = ()
 
@@ -179,6 +182,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             rope_types=("default", "longrope"),
             windows="all",
             gguf_partial_rope=True,
+            gptqmodel_splits=True,
             gguf_fixed=(Fixed("head_dim", _even_head_dim, "llama.cpp shares the hidden size out evenly"),),
         ),
         # The scale of its embedding, sqrt(hidden size), is the runtimes' part: files hold the plain rows.

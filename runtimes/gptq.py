@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, GPTQConfig
 
+from qad.architectures import ARCHITECTURES
 from qad.errors import UserError
+from qad.export._gptq_decode import read_json
 from qad.model import load_tokenizer
 from qad.runtimes import _cores
 from qad.runtimes.reference import TorchSession
@@ -70,20 +73,30 @@ def load(path: Path, device: str = "cpu") -> Any:
             from gptqmodel import BACKEND, GPTQModel
         except Exception as error:  # whatever a library of another version lacks
             raise UserError(f"gptqmodel cannot be imported ({error}): reinstall it with {_INSTALL}") from error
+        where = "cuda:0" if device == "gpu" else "cpu"
         try:
-            loaded: Any = GPTQModel.load(
-                str(path),
-                backend=BACKEND.GPTQ_TORCH,
-                device="cuda:0" if device == "gpu" else "cpu",
+            if _is_split_by_gptqmodel(path):
+                # The same layers, put in place by transformers, which leaves fused projections as they are.
+                kernel = GPTQConfig(bits=4, backend=BACKEND.GPTQ_TORCH.value)
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=torch.float16, device_map=where, quantization_config=kernel
+                )
+            else:
                 # float32 is refused. Products of 4-bit codes and scales of 8 significand bits are exact in fp16.
-                dtype=torch.float16,
-            )
+                loaded: Any = GPTQModel.load(str(path), backend=BACKEND.GPTQ_TORCH, device=where, dtype=torch.float16)
+                model = loaded.model
         except Exception as error:  # whatever damaged files and unknown architectures make it raise
             raise UserError(f"gptqmodel cannot load {path}: {type(error).__name__}: {error}") from error
-    for module in loaded.model.modules():
+    for module in model.modules():
         # A compiled version hides the method, takes a minute to make on a CPU, and may keep more bits than fp16.
         module.__dict__.pop("dequantize_weight", None)
-    return loaded.model.eval()
+    return model.eval()
+
+
+def _is_split_by_gptqmodel(path: Path) -> bool:
+    """Return whether GPTQModel's own loader does not take the folder's architecture as checkpoints have it."""
+    architecture = ARCHITECTURES.get(str(read_json(path / "config.json").get("model_type")))
+    return architecture is not None and architecture.gptqmodel_splits
 
 
 def open(path: Path, device: str = "cpu", threads: int | None = None) -> TorchSession:  # noqa: A001

@@ -269,7 +269,9 @@ MODELS: dict[str, TinyModel] = {
     "qwen3-yarn": TinyModel("qwen3", "qwen", {"head_dim": 64, "rope_parameters": _YARN}),
     "mistral": TinyModel("mistral", "mistral", {"sliding_window": None, "head_dim": 64, "tie_word_embeddings": False}),
     "mistral-window": TinyModel("mistral", "smollm", {"sliding_window": 300}),
-    "phi3": TinyModel("phi3", "phi3", {"sliding_window": 300, "tie_word_embeddings": False}),
+    "phi3": TinyModel(
+        "phi3", "phi3", {"sliding_window": 300, "tie_word_embeddings": False, "original_max_position_embeddings": 512}
+    ),
     "phi3-longrope": TinyModel("phi3", "gpt2", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128}),
     "gemma3": TinyModel("gemma3_text", "gemma", _GEMMA),
     "gemma3-linear": TinyModel(
