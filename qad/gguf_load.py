@@ -3,7 +3,7 @@
 transformers can load GGUF files itself. This module does it again for the architectures of qad, because that
 loader parses the file three times (25 s for SmolLM2 against 3 s here), leaves a quantization_config that forbids
 saving, and knows fewer pre-tokenizers: without the digit splitting of ``smollm`` it tokenizes every number differently
-from llama.cpp. What is given up: sentencepiece vocabularies still go through transformers' converter.
+from llama.cpp.
 
 Source: ggml's ``gguf.md`` for the keys.
 """
@@ -20,7 +20,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -29,6 +28,7 @@ from transformers import (
 from qad.architectures import ARCHITECTURES, SPLITTERS, Architecture, architecture_of_gguf
 from qad.errors import UserError
 from qad.gguf_check import GGUFHeader, GGUFTensor
+from qad.sentencepieces import SPACE
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
@@ -37,7 +37,7 @@ _GEMMA_PATTERN = 6
 
 # Names under which files carry a splitter that the table knows under another.
 _ALIASES = {"llama3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "gpt2": "gpt-2"}
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 def _short(value: float) -> float:
@@ -266,18 +266,67 @@ def _byte_pair_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = splitter.build()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    types = metadata.get("tokenizer.ggml.token_type", [])
+    _add_special(tokenizer, metadata, add_bos=False)
+    return tokenizer
+
+
+def _add_special(tokenizer: Tokenizer, metadata: dict[str, Any], *, add_bos: bool) -> None:
+    """Add control and user-defined tokens, and the first token where one is put before text (``add_bos``: unasked)."""
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
+    # In files of this name, and in no others, special tokens swallow the white space after them.
+    strips = any(name in str(metadata.get("general.name")).lower() for name in ("phi-3", "phi3"))
+    keeping = {"<unk>", "<s>", "<|endoftext|>"}
     added = [
-        AddedToken(token, normalized=False, special=kind_of_token == _CONTROL)
-        for token, kind_of_token in zip(tokens, types, strict=False)
-        if kind_of_token in (_CONTROL, _USER_DEFINED)
+        AddedToken(token, normalized=False, special=kind != _USER_DEFINED, rstrip=strips and token not in keeping)
+        for token, kind in zip(tokens, types, strict=False)
+        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
     ]
     tokenizer.add_tokens(added)
-    if metadata.get("tokenizer.ggml.add_bos_token"):
+    if metadata.get("tokenizer.ggml.add_bos_token", add_bos):
         bos = metadata["tokenizer.ggml.bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A $B", special_tokens=[(tokens[bos], bos)]
         )
+
+
+def _sentencepiece_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
+    """Return a tokenizer that merges by a list what llama.cpp merges by scores, see ``sentencepieces``."""
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise UserError(f"{path} has a sentencepiece tokenizer without a score for each token: convert it again")
+    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    apart = {
+        token
+        for token, kind in zip(tokens, types, strict=False)
+        if kind != _NORMAL and not (kind == _USER_DEFINED and SPACE in token)
+    }
+    merges = [
+        (-scores[index], -cut, (token[:cut], token[cut:]))
+        for token, index in vocabulary.items()
+        if token not in apart
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary and not {token[:cut], token[cut:]} & apart
+    ]
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[pair for _, _, pair in sorted(merges)],
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces = normalizers.Replace(" ", SPACE)
+    decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
+        decoding.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = spaces
+    tokenizer.decoder = decoders.Sequence(decoding)
+    _add_special(tokenizer, metadata, add_bos=True)
     return tokenizer
 
 
@@ -291,9 +340,8 @@ def read_tokenizer(path: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     model = metadata.get("tokenizer.ggml.model")
     if model is None or not metadata.get("tokenizer.ggml.tokens"):
         raise UserError(f"{path} carries no tokenizer: use a GGUF file of a whole language model")
-    if model == "llama":
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    if model != "gpt2":
+    builders = {"gpt2": _byte_pair_tokenizer, "llama": _sentencepiece_tokenizer}
+    if model not in builders:
         raise UserError(
             f"{path} has a tokenizer of type {model!r}; byte pairs (gpt2) and sentencepiece (llama) are read"
         )
@@ -311,7 +359,7 @@ def read_tokenizer(path: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     }
     special.setdefault("pad_token", special.get("eos_token", tokens[0]))
     try:
-        backend = _byte_pair_tokenizer(metadata, path)
+        backend = builders[model](metadata, path)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises nothing more special
