@@ -313,7 +313,10 @@ def make_model(case: str, **changes: Any) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
                 offset = ARCHITECTURES[tiny.model_type].offset(name)
-                parameter.copy_(1 - offset + 0.1 * noise)
+                # Gemma's embedding is scaled by the root of its width and its layers' outputs are normalized: at one
+                # they would be lost beside it, and what attention looks at with them.
+                size = 1.0 if not offset else 12.0 if "post_" in name else 2.0 if "self_attn" in name else 1.0
+                parameter.copy_(size - offset + 0.1 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
