@@ -16,6 +16,8 @@ from qad.artifact import Artifact
 from qad.errors import UserError, unknown_name
 
 OnProgress = Callable[[int, int], None]
+# Stands before the run's hash in files whose weights were rounded again on the way: see qad.requantize.
+REQUANTIZED = "requantized:"
 _CHUNK = 1 << 17  # values compared at a time: what is made of them stays in the cache
 _SMALLEST = 2.0**-149  # of float32
 
@@ -124,6 +126,14 @@ class Exporter(Protocol):
 
     def only_half(self, artifact: Artifact) -> frozenset[str]:
         """Return the names of the artifact's tensors that the format can hold only as fp16."""
+        ...
+
+    def check(self, artifact: Artifact) -> None:
+        """Check what can be known before anything is written: grids, architecture, shapes.
+
+        Raises:
+            UserError: The format cannot carry the artifact; the message lists those that can.
+        """
         ...
 
     def write(self, artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> Mapping[str, Rounding]:

@@ -28,7 +28,7 @@ from qad.export._gguf_writer import MetadataWriter, collector_paused
 from qad.files import replacing_file
 from qad.gguf_check import read_header
 from qad.grid import get_grid
-from qad.layout import map_rows, pack, row_chunks
+from qad.layout import map_rows, one_thread, pack, row_chunks
 from qad.pack import gguf_block_bytes
 
 SUFFIX = ".gguf"
@@ -50,7 +50,7 @@ _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 
 def recognizes(path: Path) -> bool:
     """Return whether a path ends as GGUF files do."""
-    return path.suffix == SUFFIX
+    return path.suffix.lower() == SUFFIX
 
 
 def only_half(artifact: Artifact) -> frozenset[str]:
@@ -145,6 +145,24 @@ def _data(artifact: Artifact, order: list[str]) -> Iterator[Iterable[NDArray[Any
         yield _stored(artifact, name, architecture)
 
 
+def _checked_names(artifact: Artifact) -> tuple[Mapping[str, str], list[str]]:
+    """Return the GGUF name of every parameter, and the artifact's in the order of the file."""
+    check_grids(artifact, get("gguf"))
+    architecture = get_architecture(artifact.config)
+    check_gguf_can(artifact.config)
+    names = architecture.gguf_names(artifact.config["num_hidden_layers"])
+    return names, _file_order(artifact, names)
+
+
+def check(artifact: Artifact) -> None:
+    """Check what can be checked before anything is written.
+
+    Raises:
+        UserError: A grid or an architecture that GGUF cannot carry.
+    """
+    _checked_names(artifact)
+
+
 def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> dict[str, Rounding]:
     """Write an artifact as a GGUF file, whole or not at all.
 
@@ -159,18 +177,14 @@ def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None)
     Raises:
         UserError: A grid, architecture or tokenizer that GGUF cannot carry, no tokenizer, or a full disk.
     """
-    check_grids(artifact, get("gguf"))
-    architecture = get_architecture(artifact.config)
-    check_gguf_can(artifact.config)
-    names = architecture.gguf_names(artifact.config["num_hidden_layers"])
-    order = _file_order(artifact, names)
+    names, order = _checked_names(artifact)
     total = sum(_stored_bytes(artifact, name)[1] for name in order)
     done = 0
     with replacing_file(path) as temporary:
         with collector_paused():
             _write_header(artifact, order, names, temporary)
         # Plain writes, because NumPy's tofile, which the writer uses, reports a full disk without its error number.
-        with temporary.open("ab") as file:
+        with temporary.open("ab") as file, one_thread():
             for parts in _data(artifact, order):
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
                 for part in parts:

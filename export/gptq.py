@@ -31,7 +31,7 @@ from qad.export._folder import check_target, copy_companions, write_json
 from qad.export._gptq_decode import CONFIG_FILE, GPTQWeights, read_json
 from qad.files import replacing_folder
 from qad.grid import Grid, get_grid
-from qad.layout import dequantize, pack, row_chunks
+from qad.layout import dequantize, one_thread, pack, row_chunks
 from qad.model import load_tokenizer
 
 SUFFIX = "-gptq"
@@ -114,6 +114,15 @@ def _check(artifact: Artifact) -> Grid:
                 + (f"; formats that can: {', '.join(able)}" if able else "")
             )
     return grid
+
+
+def check(artifact: Artifact) -> None:
+    """Check what can be checked before anything is written.
+
+    Raises:
+        UserError: Grids, an architecture or shapes that GPTQ cannot carry.
+    """
+    _check(artifact)
 
 
 def _others(artifact: Artifact) -> list[str]:
@@ -228,7 +237,7 @@ def _write_safetensors(file: Path, shard: list[_Stored], on_bytes: Callable[[int
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
+    with file.open("wb") as stream, one_thread():
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for tensor in shard:

@@ -294,52 +294,42 @@ def quantize(
 @app.command()
 def export(
     run: RunArgument,
-    format: Annotated[str, typer.Option("--format", help="Container: gguf (a file) or gptq (a folder).")] = "gguf",  # noqa: A002
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File or folder to write.")] = None,
+    format: Annotated[  # noqa: A002
+        str,
+        typer.Option(
+            "--format", help="gguf (a file), gptq or onnx (folders); several with commas, and a manifest beside them."
+        ),
+    ] = "gguf",
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File or folder to write; for several formats the folder to put them in."),
+    ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize", help="Round again where a format does not carry the trained grid. Not the trained weights."
+        ),
+    ] = False,
 ) -> None:
-    """Pack a run's codes and scales into a file for a runtime, without touching a value."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Pack a run's codes and scales into files for runtimes, without touching a value."""
+    from qad.deliver import export_command
 
-    import qad.export as exporters
-    from qad.artifact import open_artifact
-
-    exporter = exporters.get(format)
-    artifact = open_artifact(run)
-    exporters.check_grids(artifact, exporter)
-    target = output or run / f"student{exporter.SUFFIX}"
-    console = Console()
-    with Progress(console=console) as progress:
-        # Shown with its first byte: an error before that must not leave an empty bar behind.
-        task = progress.add_task(f"writing {target}", total=None, visible=False)
-        rounded = exporter.write(
-            artifact,
-            target,
-            lambda done, total: progress.update(task, completed=done, total=total, visible=True),
-        )
-    size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
-    console.print(f"{target}: {size / 1e6:.1f} MB, run {artifact.run_hash[:12]}")
-    if rounded:
-        quantized = [name for name in rounded if name in artifact.grids]
-        console.print(f"held in fp16, as {format} holds all but linear layers: {len(rounded)} tensors", soft_wrap=True)
-        for name in quantized:
-            console.print(f"  {name}: {rounded[name]}", soft_wrap=True)
-        others = sum((rounded[name] for name in rounded if name not in quantized), exporters.Rounding())
-        console.print(f"  norms and biases: {others}", soft_wrap=True)
+    export_command(run, format, output, requantize)
 
 
 @app.command()
 def verify(
     run: RunArgument,
-    file: FileArgument,
+    files: Annotated[list[Path], typer.Argument(help="Exported files and folders.", metavar="FILE...")],
     text: Annotated[Path | None, typer.Option(help="Text to compare runtime and torch on.")] = None,
-    runtime: Annotated[bool, typer.Option(help="Also run the file and compare with torch.")] = True,
+    runtime: Annotated[bool, typer.Option(help="Also run each file and compare with torch.")] = True,
     threads: ThreadsOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
-    """Prove that a file decodes to the trained weights, bit for bit; exit with 1 if not, with 2 if it is unreadable."""
+    """Prove that files decode to the trained weights, bit for bit; exit with 1 if not, with 2 if one is unreadable."""
     from qad.verify import verify_command
 
-    raise typer.Exit(verify_command(run, file, text, runtime, threads))
+    raise typer.Exit(verify_command(run, files, text, runtime, threads, json_file))
 
 
 @app.command()

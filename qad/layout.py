@@ -6,6 +6,7 @@ rows at a time: what is made of them stays in the processor's cache on its way t
 Shapes: N output features (rows), K input features, G blocks along K.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,17 @@ def _kernel_can(quantized: QuantizedTensor) -> bool:
     grid = quantized.grid
     known = grid.is_plain and grid.bits in (4, 8)
     return known and quantized.codes_NK.device.type == "cpu" and not native.available()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: parts that fit the cache gain little from more, and a busy machine makes them wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pack(quantized: QuantizedTensor, layout: str) -> NDArray[Any]:

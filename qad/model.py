@@ -90,7 +90,7 @@ def resolve_source(name: str | None) -> str:
 
 def is_gguf(source: str) -> bool:
     """Return whether a source names a GGUF file."""
-    return source.endswith(".gguf")
+    return source.lower().endswith(".gguf")
 
 
 def check_architecture(model_type: str, source: str) -> None:

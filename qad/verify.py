@@ -8,9 +8,14 @@ artifact's own codes and scales bit for bit, which tells where a mismatch lies. 
 Shapes: T tokens, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,13 +25,14 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from qad import runtimes
+from qad import __version__, runtimes
 from qad.artifact import Artifact, open_artifact, tensor_sha256
 from qad.errors import UserError
-from qad.export import OnProgress, Rounding, exporter_for
+from qad.export import REQUANTIZED, OnProgress, Rounding, exporter_for
+from qad.files import replacing_file
 
 QUESTION = "Explain in two sentences why leaves are green."
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 64
 # Run-time rounding of activations stays below; what lies far above is wrong metadata or a wrong engine.
 EXPECTED_KL = 1e-2
 IMPOSSIBLE_KL = 1e-1
@@ -81,9 +87,14 @@ class VerifyResult:
     products: Rounding | None = None
 
     @property
+    def requantized(self) -> bool:
+        """Whether the file itself says that its weights were rounded again when it was exported."""
+        return self.file_run_hash is not None and self.file_run_hash.startswith(REQUANTIZED)
+
+    @property
     def ok(self) -> bool:
         """Whether every tensor is what the format can hold of it, bit for bit, and nothing is missing or added."""
-        return not self.mismatches
+        return not self.mismatches and not self.requantized
 
 
 def _compare(artifact: Artifact, name: str, found: NDArray[np.float32], half: bool) -> Mismatch | None:
@@ -168,6 +179,19 @@ def log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A greedy answer.
+
+    Attributes:
+        tokens: Its tokens.
+        text: The same, decoded.
+    """
+
+    tokens: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How a runtime on the file agrees with torch on the artifact.
 
@@ -176,15 +200,33 @@ class Agreement:
         kl: Mean KL(torch || runtime) over the full vocabulary.
         same_top: Share of positions where both rank the same token first.
         same_tokens: Whether both cut the text, and the question under the chat template, into the same tokens.
-        torch_answer, runtime_answer: Greedy answers to ``QUESTION``.
+        torch_answer, runtime_answer: Greedy answers to ``QUESTION``, None if it does not fit the model's context.
     """
 
     tokens: int
     kl: float
     same_top: float
     same_tokens: bool
-    torch_answer: str
-    runtime_answer: str
+    torch_answer: Answer | None
+    runtime_answer: Answer | None
+
+    @property
+    def greedy_tokens(self) -> int:
+        """Length of the longer answer, in tokens."""
+        return max(len(answer.tokens) for answer in self._answers) if self._answers else 0
+
+    @property
+    def greedy_same(self) -> int:
+        """How many tokens the answers share before they part."""
+        if not self._answers:
+            return 0
+        pairs = list(zip(*(answer.tokens for answer in self._answers), strict=False))
+        return next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
+
+    @property
+    def _answers(self) -> list[Answer]:
+        both = [self.torch_answer, self.runtime_answer]
+        return [answer for answer in both if answer is not None] if None not in both else []
 
     @property
     def ok(self) -> bool:
@@ -192,8 +234,82 @@ class Agreement:
         return self.same_tokens and self.kl < IMPOSSIBLE_KL
 
 
-def _answer(session: runtimes.Session, prompt: list[int]) -> str:
-    return "".join(piece.text for piece in session.stream(prompt, ANSWER_TOKENS)).strip()
+def _answer(session: runtimes.Session, prompt: list[int]) -> Answer:
+    pieces = list(session.stream(prompt, ANSWER_TOKENS))
+    tokens = [piece.token for piece in pieces if piece.token is not None]
+    return Answer(tokens, "".join(piece.text for piece in pieces).strip())
+
+
+class Judge:
+    """Torch on a run's artifact, opened once for all files that are compared with it.
+
+    Attributes:
+        session: The opened model.
+        text: The text on which logits are compared.
+        tokens, question: Its tokens, and those of ``QUESTION`` under the chat template.
+    """
+
+    def __init__(self, run: Path, text: str, threads: int | None = None) -> None:
+        """Open the artifact of a run.
+
+        Raises:
+            UserError: No artifact there, or the text is too short to compare anything.
+        """
+        self.text = text
+        self._limit = int(open_artifact(run).config["max_position_embeddings"])
+        self.session = runtimes.get("reference").open(run, threads=threads)
+        self.tokens = self.session.tokenize(text)
+        self.question = self.session.chat_prompt(QUESTION)
+        self._length = min(_CHUNK, self._limit, len(self.tokens))
+        if self._length < 2:
+            self.session.close()
+            raise UserError("the text is too short to compare anything: give some sentences with --text")
+
+    @functools.cached_property
+    def answer(self) -> Answer | None:
+        """The greedy answer, None if it does not fit the context."""
+        fits = len(self.question) + ANSWER_TOKENS <= self._limit
+        return _answer(self.session, self.question) if fits else None
+
+    def compare(self, file: Path, threads: int | None = None) -> Agreement:
+        """Run a file in its engine on the same text and question.
+
+        Raises:
+            UserError: No runtime opens the file, or it is of a model with another vocabulary.
+        """
+        with runtimes.runtime_for(file).open(file, threads=threads) as session:
+            if session.vocabulary != self.session.vocabulary:
+                raise UserError(
+                    f"the file's model has {session.vocabulary} tokens, the run's {self.session.vocabulary}: verify a "
+                    "file that was exported from this run"
+                )
+            same_tokens = session.tokenize(self.text) == self.tokens
+            same_tokens &= session.chat_prompt(QUESTION) == self.question
+            kl, same = [], []
+            last = min(len(self.tokens) - self._length + 1, _CHUNKS * self._length)
+            for start in range(0, last, self._length):
+                chunk = [self.tokens[start : start + self._length]]
+                ours, theirs = log_softmax(self.session.logits(chunk)[0]), log_softmax(session.logits(chunk)[0])
+                kl.append((np.exp(ours) * (ours - theirs)).sum(axis=1))
+                same.append(ours.argmax(axis=1) == theirs.argmax(axis=1))
+            return Agreement(
+                tokens=sum(map(len, kl)),
+                kl=float(np.concatenate(kl).mean()),
+                same_top=float(np.concatenate(same).mean()),
+                same_tokens=same_tokens,
+                torch_answer=self.answer,
+                runtime_answer=_answer(session, self.question) if self.answer is not None else None,
+            )
+
+    def close(self) -> None:
+        """Free the model."""
+        self.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def compare_runtime(run: Path, file: Path, text: str, threads: int | None = None) -> Agreement:
@@ -202,39 +318,8 @@ def compare_runtime(run: Path, file: Path, text: str, threads: int | None = None
     Raises:
         UserError: No runtime opens the file, it is of a model with another vocabulary, or the text is too short.
     """
-    with (
-        runtimes.get("reference").open(run, threads=threads) as reference,
-        runtimes.runtime_for(file).open(file, threads=threads) as session,
-    ):
-        if session.vocabulary != reference.vocabulary:
-            raise UserError(
-                f"the file's model has {session.vocabulary} tokens, the run's {reference.vocabulary}: verify a file "
-                "that was exported from this run"
-            )
-        tokens = reference.tokenize(text)
-        question = reference.chat_prompt(QUESTION)
-        same_tokens = session.tokenize(text) == tokens and session.chat_prompt(QUESTION) == question
-        limit = open_artifact(run).config["max_position_embeddings"]
-        length = min(_CHUNK, limit, len(tokens))
-        if length < 2:
-            raise UserError("the text is too short to compare anything: give some sentences with --text")
-        kl, same = [], []
-        for start in range(0, min(len(tokens) - length + 1, _CHUNKS * length), length):
-            chunk = [tokens[start : start + length]]
-            ours, theirs = log_softmax(reference.logits(chunk)[0]), log_softmax(session.logits(chunk)[0])
-            kl.append((np.exp(ours) * (ours - theirs)).sum(axis=1))
-            same.append(ours.argmax(axis=1) == theirs.argmax(axis=1))
-        answers = ["", ""]
-        if len(question) + ANSWER_TOKENS <= limit:
-            answers = [_answer(reference, question), _answer(session, question)]
-    return Agreement(
-        tokens=sum(map(len, kl)),
-        kl=float(np.concatenate(kl).mean()),
-        same_top=float(np.concatenate(same).mean()),
-        same_tokens=same_tokens,
-        torch_answer=answers[0],
-        runtime_answer=answers[1],
-    )
+    with Judge(run, text, threads) as judge:
+        return judge.compare(file, threads)
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:
@@ -265,12 +350,16 @@ def _print_proof(console: Console, result: VerifyResult) -> None:
     if result.kept:
         _say(console, f"kept in float32: {result.kept_exact} of {result.kept} tensors equal")
     _print_rounding(console, result)
-    for mismatch in result.mismatches[:20]:
+    shown = 3 if result.requantized else 20
+    for mismatch in result.mismatches[:shown]:
         _say(console, f"  {mismatch}", "red")
-    if len(result.mismatches) > 20:
-        _say(console, f"  and {len(result.mismatches) - 20} more", "red")
+    if len(result.mismatches) > shown:
+        _say(console, f"  and {len(result.mismatches) - shown} more", "red")
     ours, theirs = result.run_hash[:16], result.file_run_hash and result.file_run_hash[:16]
-    if theirs == ours:
+    if result.requantized:
+        told = "NOT EXACT: the file says that its weights were rounded again when it was exported (--requantize)"
+        _say(console, f"{told}; they are not the trained ones", "bold red")
+    elif theirs == ours:
         _say(console, f"run hash: {ours} in both")
     else:
         origin = "another run" if theirs else "no run of qad"
@@ -286,12 +375,87 @@ def _print_agreement(console: Console, agreement: Agreement) -> None:
         _say(console, "that is not rounding: the file's metadata, or the runtime, describes another model", "red")
     elif agreement.kl >= EXPECTED_KL:
         _say(console, f"that is more than the {EXPECTED_KL} which rounding of activations explains", "yellow")
-    if agreement.torch_answer or agreement.runtime_answer:
+    if agreement.torch_answer and agreement.runtime_answer:
+        same, longest = agreement.greedy_same, agreement.greedy_tokens
+        _say(console, f"greedy answers: the first {same} of {longest} tokens are the same")
         table = Table(title=QUESTION, show_lines=True)
         table.add_column("torch on the artifact", ratio=1)
         table.add_column("runtime on the file", ratio=1)
-        table.add_row(Text(agreement.torch_answer), Text(agreement.runtime_answer))
+        table.add_row(Text(agreement.torch_answer.text), Text(agreement.runtime_answer.text))
         console.print(table)
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """All that was found about one file.
+
+    Attributes:
+        file: The file or folder.
+        proof: The comparison with the artifact, None if the file cannot be read.
+        agreement: That of its runtime with torch, None if it was not run.
+        error: Why the file cannot be read, or not be run although a runtime is there; else None.
+        not_run: Why no runtime took it, None if one did or none was asked for.
+    """
+
+    file: Path
+    proof: VerifyResult | None
+    agreement: Agreement | None = None
+    error: str | None = None
+    not_run: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was looked at holds."""
+        proved = self.proof is not None and self.proof.ok and self.error is None
+        return proved and (self.agreement is None or self.agreement.ok)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in a word or two."""
+        if self.proof is None:
+            return "unreadable"
+        if self.proof.requantized:
+            return "not exact: requantized"
+        if not self.proof.ok:
+            return "not exact"
+        if self.error or (self.agreement and not self.agreement.ok):
+            return "exact, but runs wrong"
+        return "exact" if self.agreement else "exact, not run"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        found: dict[str, Any] = {
+            "file": str(self.file),
+            "ok": self.ok,
+            "verdict": self.verdict,
+            "error": self.error,
+            "not_run": self.not_run,
+        }
+        if self.proof is not None:
+            found["proof"] = asdict(self.proof) | {"ok": self.proof.ok, "requantized": self.proof.requantized}
+        if self.agreement is not None:
+            same = {"greedy_same": self.agreement.greedy_same, "greedy_tokens": self.agreement.greedy_tokens}
+            found["agreement"] = asdict(self.agreement) | same | {"ok": self.agreement.ok}
+        return found
+
+
+def _print_summary(console: Console, reports: Sequence[FileReport]) -> None:
+    table = Table(title="summary")
+    for title in ("file", "bit-exact", "kept", "fp16", "KL to torch", "same top-1", "greedy", "verdict"):
+        table.add_column(title, justify="left" if title in ("file", "verdict") else "right", overflow="fold")
+    for report in reports:
+        proof, run = report.proof, report.agreement
+        table.add_row(
+            Text(str(report.file)),
+            f"{proof.exact}/{proof.quantized}" if proof else "-",
+            f"{proof.kept_exact}/{proof.kept}" if proof else "-",
+            str(len(proof.half)) if proof else "-",
+            f"{run.kl:.2e}" if run else "-",
+            f"{run.same_top:.1%}" if run else "-",
+            f"{run.greedy_same}/{run.greedy_tokens}" if run else "-",
+            Text(report.verdict, style="green" if report.ok else "bold red"),
+        )
+    console.print(table)
 
 
 def _read_text(file: Path | None) -> str:
@@ -305,42 +469,95 @@ def _read_text(file: Path | None) -> str:
         raise UserError(f"{file} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
 
 
-def verify_command(
-    run: Path, file: Path, text: Path | None = None, runtime: bool = True, threads: int | None = None
-) -> int:
-    """Verify a file, print what was found, and return the exit code: 0 if everything holds, else 1.
-
-    Args:
-        run: The run folder.
-        file: The exported file.
-        text: Text to compare logits on; the built-in one if None.
-        runtime: Whether to run the file as well.
-        threads: CPU threads; the free physical cores if None.
-
-    Raises:
-        UserError: See ``verify`` and ``compare_runtime``.
-    """
-    console = Console()
-    sample = _read_text(text)
+def _prove(console: Console, run: Path, file: Path) -> VerifyResult:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("comparing tensors", total=None)
         result = verify(run, file, lambda done, total: progress.update(task, completed=done, total=total))
     _print_proof(console, result)
-    if not runtime:
-        return 0 if result.ok else 1
+    return result
+
+
+def _run(
+    console: Console, file: Path, proof: VerifyResult, judge: Callable[[], Judge], threads: int | None
+) -> FileReport:
+    """Compare a proved file in its runtime with torch, and tell."""
     try:
         runtimes.runtime_for(file)
     except UserError as error:
         _say(console, f"not run: {error}", "yellow")
-        return 0 if result.ok else 1
+        return FileReport(file, proof, not_run=str(error))
+    reference = judge()
     try:
         with console.status("running the file and the artifact"):
-            agreement = compare_runtime(run, file, sample, threads)
+            agreement = reference.compare(file, threads)
     except UserError as error:
-        if result.ok:
-            raise
-        # What was found above is the answer; that such a file does not run either is no news.
-        _say(console, f"not compared in the runtime: {error}", "yellow")
-        return 1
+        # What was found above is the answer; that a wrong file does not run either is no news.
+        _say(console, f"not compared in the runtime: {error}", "red" if proof.ok else "yellow")
+        return FileReport(file, proof, error=str(error))
     _print_agreement(console, agreement)
-    return 0 if result.ok and agreement.ok else 1
+    return FileReport(file, proof, agreement)
+
+
+def verify_command(
+    run: Path,
+    files: Sequence[Path],
+    text: Path | None = None,
+    runtime: bool = True,
+    threads: int | None = None,
+    json_file: Path | None = None,
+) -> int:
+    """Verify files, print what was found, and return the exit code.
+
+    Args:
+        run: The run folder.
+        files: The exported files and folders.
+        text: Text to compare logits on; the built-in one if None.
+        runtime: Whether to run the files as well.
+        threads: CPU threads; the free physical cores if None.
+        json_file: Where to write all of it as JSON.
+
+    Returns:
+        0 if everything holds, 2 if one of several files cannot be read, else 1.
+
+    Raises:
+        UserError: No artifact, no text, or the only file cannot be read; see ``verify``.
+    """
+    console = Console()
+    sample = _read_text(text)
+    artifact = open_artifact(run)
+    reports: list[FileReport] = []
+    with contextlib.ExitStack() as stack:
+        opened: list[Judge] = []
+
+        def judge() -> Judge:
+            if not opened:
+                opened.append(stack.enter_context(Judge(run, sample, threads)))
+            return opened[0]
+
+        for file in files:
+            if len(files) > 1:
+                console.rule(Text(str(file)))
+            try:
+                proof = _prove(console, run, file)
+            except UserError as error:
+                if len(files) == 1:
+                    raise
+                _say(console, f"unreadable: {error}", "red")
+                reports.append(FileReport(file, None, error=str(error)))
+                continue
+            reports.append(_run(console, file, proof, judge, threads) if runtime else FileReport(file, proof))
+    if len(files) > 1:
+        _print_summary(console, reports)
+    if json_file is not None:
+        content = {
+            "qad_version": __version__,
+            "run": str(run),
+            "run_hash": artifact.run_hash,
+            "ok": all(report.ok for report in reports),
+            "files": [report.to_dict() for report in reports],
+        }
+        with replacing_file(json_file) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if all(report.ok for report in reports):
+        return 0
+    return 2 if any(report.proof is None for report in reports) else 1

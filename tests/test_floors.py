@@ -74,6 +74,8 @@ FLOORS = {
     # F7: engines, proofs, reports
     "qad.runtimes": 7,
     "qad.verify": 7,
+    "qad.requantize": 7,
+    "qad.deliver": 7,
     "qad.doctor": 7,
     "qad.answer": 7,
     "qad.boards": 7,

@@ -241,7 +241,7 @@ def test_one_flipped_bit(part: str, byte: int, bits: int, row: int, column: int,
 def test_verify_says_what_is_wrong(fresh: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     artifact, folder = fresh("llama-untied")
     run = artifact.folder.parent
-    assert verify_command(run, folder, runtime=False) == 0
+    assert verify_command(run, [folder], runtime=False) == 0
     out = capsys.readouterr().out
     assert "bit-exact: 14 of 14 tensors" in out
     assert "held in fp16 only: 7 of 7 tensors are the nearest fp16 values" in out
@@ -249,7 +249,7 @@ def test_verify_says_what_is_wrong(fresh: Exported, capsys: pytest.CaptureFixtur
     assert "exact in float32; a runtime that multiplies in fp16 rounds" in out
     flip(folder / "model.safetensors", "model.norm.weight", 4, 1)
     flip(folder / "model.safetensors", "model.layers.0.self_attn.q_proj.qweight", 4, 1)
-    assert verify_command(run, folder, runtime=False) == 1
+    assert verify_command(run, [folder], runtime=False) == 1
     out = capsys.readouterr().out
     assert "bit-exact: 13 of 14 tensors" in out
     assert "held in fp16 only: 6 of 7" in out
@@ -259,7 +259,7 @@ def test_verify_says_what_is_wrong(fresh: Exported, capsys: pytest.CaptureFixtur
 @needs_gptqmodel
 def test_verify_runs_the_folder(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     artifact, folder = exported("llama-tied")
-    assert verify_command(artifact.folder.parent, folder, threads=1) == 0
+    assert verify_command(artifact.folder.parent, [folder], threads=1) == 0
     out = capsys.readouterr().out
     assert "keeps every one of them too" in out
     assert "same top-1" in out

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from qad import export, runtimes
+from qad.artifact import open_artifact
 from qad.errors import UserError
 from qad.gguf_check import read_header
-from qad.verify import verify, verify_command
+from qad.verify import Agreement, Answer, verify, verify_command
 from tests.helpers_models import MODELS, make_artifact
 
 _REASON = runtimes.get("llamacpp").available()
@@ -40,7 +41,7 @@ def flip(file: Path, tensor: str, byte: int, bits: int) -> None:
 @needs_llama
 def test_a_good_file(exported: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]) -> None:
     run, file = exported()
-    assert verify_command(run, file, threads=1) == 0
+    assert verify_command(run, [file], threads=1) == 0
     out = capsys.readouterr().out
     count = sum(".weight" in name and "norm" not in name for name in read_header(file).tensors)
     assert f"bit-exact: {count} of {count} tensors" in out
@@ -66,7 +67,7 @@ def test_one_flipped_nibble(
     (mismatch,) = result.mismatches
     assert mismatch.name == "model.layers.1.mlp.down_proj.weight"
     assert (mismatch.differing, mismatch.first) == (1, (row, column))
-    assert verify_command(run, file, runtime=False) == 1
+    assert verify_command(run, [file], runtime=False) == 1
     out = capsys.readouterr().out
     assert f"bit-exact: {result.quantized - 1} of {result.quantized} tensors" in out
     assert "model.layers.1.mlp.down_proj.weight" in out
@@ -97,7 +98,7 @@ def test_permuted_rows_are_named_as_in_the_model(exported: Callable[..., tuple[P
 def test_another_runs_file(exported: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = exported()
     _, other = exported("llama-linear")
-    assert verify_command(run, other, runtime=False) == 0
+    assert verify_command(run, [other], runtime=False) == 0
     assert "exported from another run" in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -107,7 +108,7 @@ def test_a_file_of_another_model(
 ) -> None:
     run, _ = exported()
     _, other = exported("qwen2")
-    assert verify_command(run, other, threads=1) == 1
+    assert verify_command(run, [other], threads=1) == 1
     out = capsys.readouterr().out
     assert "bit-exact: 0 of 15 tensors" in out
     assert "not compared in the runtime: the file's model has" in out
@@ -120,7 +121,7 @@ def test_a_wrong_file_that_no_runtime_loads(
     run, file = exported()
     data = file.read_bytes()
     file.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_no.weight"))
-    assert verify_command(run, file, threads=1) == 1
+    assert verify_command(run, [file], threads=1) == 1
     out = capsys.readouterr().out
     assert "mlp.up_proj.weight: missing in the file" in out
     assert "not compared in the runtime: llama.cpp cannot load" in out
@@ -155,7 +156,7 @@ def test_silently_wrong_metadata_is_noticed(
     key = b"llama.rope.freq_base" + struct.pack("<I", 6)
     position = data.index(key) + len(key)
     file.write_bytes(data[:position] + struct.pack("<f", 100.0) + data[position + 4 :])
-    assert verify_command(run, file, threads=1) == 1
+    assert verify_command(run, [file], threads=1) == 1
     out = capsys.readouterr().out
     assert "bit-exact: 15 of 15 tensors" in out
     assert "not rounding" in out
@@ -171,10 +172,10 @@ def test_bad_arguments(exported: Callable[..., tuple[Path, Path]], tmp_path: Pat
         with pytest.raises(UserError, match=f"{missing} is missing"):
             verify(run, run / missing)
     with pytest.raises(UserError, match="--text"):
-        verify_command(run, file, text=tmp_path / "none.txt")
+        verify_command(run, [file], text=tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(UserError, match="latin.txt is not UTF-8"):
-        verify_command(run, file, text=tmp_path / "latin.txt")
+        verify_command(run, [file], text=tmp_path / "latin.txt")
 
 
 @needs_llama
@@ -182,12 +183,78 @@ def test_own_text(exported: Callable[..., tuple[Path, Path]], tmp_path: Path) ->
     run, file = exported()
     (tmp_path / "text.txt").write_text("x")
     with pytest.raises(UserError, match="too short"):
-        verify_command(run, file, text=tmp_path / "text.txt", threads=1)
+        verify_command(run, [file], text=tmp_path / "text.txt", threads=1)
     (tmp_path / "text.txt").write_text("The gulls follow the boats past the breakwater.")
-    assert verify_command(run, file, text=tmp_path / "text.txt", threads=1) == 0
+    assert verify_command(run, [file], text=tmp_path / "text.txt", threads=1) == 0
 
 
 def test_every_architecture_is_among_the_cases() -> None:
     from qad.architectures import ARCHITECTURES
 
     assert {tiny.model_type for tiny in MODELS.values()} == set(ARCHITECTURES)
+
+
+# ---------------------------------------------------------------------------------------------------- several files
+
+
+def test_several_files_and_their_summary(
+    exported: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = exported()
+    folder, broken = tmp_path / "out-gptq", tmp_path / "broken.gguf"
+    export.get("gptq").write(open_artifact(run), folder)
+    broken.write_bytes(file.read_bytes())
+    flip(broken, "blk.1.ffn_down.weight", 2, 0x01)
+    found = tmp_path / "found.json"
+    assert verify_command(run, [file, folder], runtime=False, json_file=found) == 0
+    content = json.loads(found.read_text())
+    assert content["ok"]
+    assert content["run_hash"] == open_artifact(run).run_hash
+    assert [entry["file"] for entry in content["files"]] == [str(file), str(folder)]
+    assert all(entry["verdict"] == "exact, not run" for entry in content["files"])
+    assert "summary" in capsys.readouterr().out
+
+    assert verify_command(run, [file, broken], runtime=False, json_file=found) == 1
+    content = json.loads(found.read_text())
+    assert not content["ok"]
+    assert [entry["ok"] for entry in content["files"]] == [True, False]
+    (mismatch,) = content["files"][1]["proof"]["mismatches"]
+    assert mismatch["name"] == "model.layers.1.mlp.down_proj.weight"
+    assert mismatch["differing"] == 1
+
+
+def test_an_unreadable_file_among_others(
+    exported: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = exported()
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:1000])
+    assert verify_command(run, [tmp_path / "cut.gguf", file], runtime=False, json_file=tmp_path / "j.json") == 2
+    assert "truncated or damaged" in capsys.readouterr().out.replace("\n", " ")
+    first, second = json.loads((tmp_path / "j.json").read_text())["files"]
+    assert (first["verdict"], first["ok"], second["ok"]) == ("unreadable", False, True)
+
+
+@needs_llama
+def test_torch_is_loaded_once_for_all_files(
+    exported: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = exported()
+    twin = tmp_path / "twin.gguf"
+    twin.write_bytes(file.read_bytes())
+    assert verify_command(run, [file, twin], threads=1, json_file=tmp_path / "j.json") == 0
+    first, second = json.loads((tmp_path / "j.json").read_text())["files"]
+    assert first["agreement"] == second["agreement"]
+    assert first["verdict"] == "exact"
+    assert 0 <= first["agreement"]["greedy_same"] <= first["agreement"]["greedy_tokens"] <= 64
+    assert len(first["agreement"]["torch_answer"]["tokens"]) == first["agreement"]["greedy_tokens"]
+    assert "greedy answers: the first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "same", "longest"),
+    [([1, 2, 3], [1, 2, 3], 3, 3), ([1, 2, 3], [1, 9, 3], 1, 3), ([1, 2], [1, 2, 3], 2, 3), ([], [], 0, 0)],
+)
+def test_greedy_agreement(ours: list[int], theirs: list[int], same: int, longest: int) -> None:
+    agreement = Agreement(1, 0.0, 1.0, True, Answer(ours, ""), Answer(theirs, ""))
+    assert (agreement.greedy_same, agreement.greedy_tokens) == (same, longest)
+    assert Agreement(1, 0.0, 1.0, True, None, None).greedy_tokens == 0

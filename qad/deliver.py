@@ -1,0 +1,215 @@
+"""``qad export``: one run in one format or several, each whole or not at all, with a manifest beside several.
+
+Everything that can be known beforehand is checked before the first byte is written: that each format carries the grids
+and the architecture, and that the names fit the formats. ``manifest.json`` is written last, so that one that is there
+describes what is there: an earlier one is deleted first.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from qad import __version__, export
+from qad.artifact import Artifact, open_artifact
+from qad.errors import UserError
+from qad.export import Exporter, OnProgress, Rounding
+from qad.files import replacing_file, sha256_of_file
+
+if TYPE_CHECKING:
+    from qad.requantize import Cost
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One format to be written.
+
+    Attributes:
+        format: Its name.
+        exporter: Its module.
+        artifact: What is written: the run's, or what the nearest grids made of it.
+        target: File or folder.
+        changed: Name of each tensor that is on another grid than it was trained on -> that grid.
+        cost: What the change cost, None if there was none.
+    """
+
+    format: str
+    exporter: Exporter
+    artifact: Artifact
+    target: Path
+    changed: Mapping[str, str]
+    cost: "Cost | None"
+
+
+def parse_formats(text: str) -> list[str]:
+    """Return the formats of a list with commas, each once.
+
+    Raises:
+        UserError: None, or one that is not known.
+    """
+    names = list(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
+    if not names:
+        raise UserError(f"--format names none: give one of {', '.join(export.names())}, or several with commas")
+    for name in names:
+        export.get(name)
+    return names
+
+
+def _target(exporter: Exporter, name: str, run: Path, output: Path | None, several: bool) -> Path:
+    """Return where a format goes.
+
+    Raises:
+        UserError: A file named in a way that no reader of the format would take.
+    """
+    if output is None or several:
+        return (output or run) / f"student{exporter.SUFFIX}"
+    endings = {export.get(other).SUFFIX for other in export.names() if export.get(other).SUFFIX.startswith(".")}
+    ending = output.suffix.lower()
+    if exporter.SUFFIX in endings and ending != exporter.SUFFIX and not output.is_dir():
+        raise UserError(f"{output} does not end in {exporter.SUFFIX}, by which every reader of {name} files knows them")
+    if exporter.SUFFIX not in endings and ending in endings:
+        raise UserError(f"{output} ends like a {ending[1:]} file, and {name} is a folder: name it otherwise with -o")
+    return output
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _entry(job: Job, rounded: Mapping[str, Rounding], beside: Path) -> dict[str, Any]:
+    """Return what the manifest says of one export."""
+    files = [
+        {"path": file.relative_to(beside).as_posix(), "bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
+        for file in _files(job.target)
+    ]
+    entry: dict[str, Any] = {
+        "format": job.format,
+        "path": job.target.relative_to(beside).as_posix(),
+        "bytes": sum(file["bytes"] for file in files),
+        "exact": not job.changed,
+        "grids": dict(Counter(job.artifact.grids.values())),
+        "files": files,
+        "held_as_fp16": {
+            name: {
+                "values": rounding.values,
+                "changed": rounding.changed,
+                "largest_relative_error": rounding.largest,
+                "mean_relative_error": rounding.mean,
+            }
+            for name, rounding in rounded.items()
+        },
+    }
+    if job.changed:
+        entry["requantized"] = {"tensors": dict(job.changed), "cost": asdict(job.cost) if job.cost else None}
+    return entry
+
+
+def _tell(console: Console, job: Job, rounded: Mapping[str, Rounding]) -> None:
+    """Say what was written, and what the format could not hold exactly."""
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    size = sum(file.stat().st_size for file in _files(job.target))
+    say(f"{job.target}: {size / 1e6:.1f} MB, run {job.artifact.run_hash[:12] if not job.changed else 'requantized'}")
+    if job.changed:
+        grids = ", ".join(f"{count} to {grid}" for grid, count in Counter(job.changed.values()).items())
+        say(f"  NOT the trained weights: {len(job.changed)} tensors were rounded again ({grids})", "bold red")
+        if job.cost:
+            say(f"  {job.cost}", "bold red")
+    if rounded:
+        quantized = [name for name in rounded if name in job.artifact.grids]
+        say(f"held in fp16, as {job.format} holds all but linear layers: {len(rounded)} tensors")
+        for name in quantized:
+            say(f"  {name}: {rounded[name]}")
+        others = sum((rounded[name] for name in rounded if name not in quantized), Rounding())
+        say(f"  norms and biases: {others}")
+
+
+def _jobs(
+    artifact: Artifact, run: Path, formats: list[str], output: Path | None, scratch: Path, requantize: bool
+) -> list[Job]:
+    """Return what is to be written, all of it checked.
+
+    Raises:
+        UserError: A format cannot carry the artifact (and may not round again), or a name that does not fit.
+    """
+    jobs = []
+    for name in formats:
+        exporter = export.get(name)
+        target = _target(exporter, name, run, output, len(formats) > 1)
+        try:
+            exporter.check(artifact)
+        except UserError as error:
+            if not requantize:
+                raise UserError(f"{name}: {error}") from error
+            # Only here: it loads torch models, which an export does without.
+            from qad.requantize import measure_cost, requantized
+
+            made, changed = requantized(artifact, name, scratch / name)
+            exporter.check(made)
+            jobs.append(Job(name, exporter, made, target, changed, measure_cost(artifact, made)))
+        else:
+            jobs.append(Job(name, exporter, artifact, target, {}, None))
+    return jobs
+
+
+def _write(job: Job, on_progress: OnProgress) -> Mapping[str, Rounding]:
+    return job.exporter.write(job.artifact, job.target, on_progress)
+
+
+def export_command(run: Path, formats: str, output: Path | None, requantize: bool) -> None:
+    """Export a run.
+
+    Args:
+        run: The run folder.
+        formats: Names of formats, with commas.
+        output: File or folder of a single format, or the folder in which several are put; in the run folder if None.
+        requantize: Round again to the nearest grid where a format does not carry the trained one.
+
+    Raises:
+        UserError: Bad names, a format that cannot carry the run, or a place that cannot be written. Of several
+            formats, those before it are then written and whole.
+    """
+    console = Console()
+    names = parse_formats(formats)
+    artifact = open_artifact(run)
+    several = len(names) > 1
+    if several and output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: for several formats name a folder with -o")
+    with tempfile.TemporaryDirectory(prefix="qad-requantized-") as scratch:
+        jobs = _jobs(artifact, run, names, output, Path(scratch), requantize)
+        manifest = (output or run) / MANIFEST if several else None
+        if manifest is not None:
+            manifest.unlink(missing_ok=True)
+        entries = []
+        with Progress(console=console) as progress:
+            for job in jobs:
+                # Shown with its first byte: an error before that must not leave an empty bar behind.
+                task = progress.add_task(f"writing {job.target.name}", total=None, visible=False)
+                rounded = _write(
+                    job, lambda done, total, task=task: progress.update(task, completed=done, total=total, visible=True)
+                )
+                _tell(progress.console, job, rounded)
+                if manifest is not None:
+                    entries.append(_entry(job, rounded, manifest.parent))
+    if manifest is None:
+        return
+    content = {
+        "format_version": 1,
+        "qad_version": __version__,
+        "run_hash": artifact.run_hash,
+        "grids": artifact.grids,
+        "exports": entries,
+    }
+    with replacing_file(manifest) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    console.print(f"{manifest}: sizes and SHA-256 of all files", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,173 @@
+"""qad export: several formats at once, the manifest beside them, names that fit, and grids that do not."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qad import export
+from qad.artifact import open_artifact
+from qad.deliver import MANIFEST, export_command
+from qad.errors import UserError
+from qad.requantize import requantized
+from qad.tensor import dequantize, mse_scales, quantize
+from qad.verify import verify, verify_command
+from tests.helpers_models import make_artifact
+from tests.helpers_runs import SIZES as SMALL
+from tests.helpers_runs import save_model
+
+WIDE: dict[str, Any] = {**SMALL, "intermediate_size": 128}  # rows that blocks of 64 divide
+
+
+def fold(text: str) -> str:
+    return text.replace("\n", "")
+
+
+def test_two_formats_and_their_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    out = tmp_path / "out"
+    export_command(tmp_path / "run", "gguf, gptq,gguf", out, requantize=False)
+    assert sorted(path.name for path in out.iterdir()) == [MANIFEST, "student-gptq", "student.gguf"]
+    assert "student.gguf: 0." in capsys.readouterr().out
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["run_hash"] == artifact.run_hash
+    assert manifest["grids"] == artifact.grids
+    described = {}
+    for entry in manifest["exports"]:
+        assert entry["exact"]
+        assert verify(tmp_path / "run", out / entry["path"]).ok
+        described |= {file["path"]: file for file in entry["files"]}
+        assert entry["bytes"] == sum(file["bytes"] for file in entry["files"])
+    there = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    assert described.keys() == there.keys() - {MANIFEST}
+    for name, file in described.items():
+        content = there[name].read_bytes()
+        assert (file["bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    gguf, gptq = manifest["exports"]
+    assert (gguf["format"], gguf["held_as_fp16"]) == ("gguf", {})
+    exporter = export.get("gptq")
+    assert gptq["held_as_fp16"].keys() == exporter.only_half(artifact)
+    assert 0 < gptq["held_as_fp16"]["model.embed_tokens.weight"]["largest_relative_error"] < 2**-10
+
+
+def test_without_a_place_they_go_to_the_run(tmp_path: Path) -> None:
+    make_artifact(tmp_path, "llama-tied", **SMALL)
+    export_command(tmp_path, "gptq,gguf", None, requantize=False)
+    assert {MANIFEST, "student-gptq", "student.gguf"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_one_format_is_one_file(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    export_command(tmp_path / "run", "gguf", tmp_path / "out" / "Model.GGUF", requantize=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["Model.GGUF"]
+    assert verify(tmp_path / "run", tmp_path / "out" / "Model.GGUF").ok
+
+
+@pytest.mark.parametrize(
+    ("formats", "name", "message"),
+    [
+        ("gguf", "out.txt", "does not end in .gguf"),
+        ("gguf", "out", "does not end in .gguf"),
+        ("gptq", "out.GGUF", "ends like a gguf file, and gptq is a folder"),
+        ("gguf,gptq", "file", "is a file: for several formats name a folder"),
+        (" , ", "out.gguf", "--format names none"),
+        ("gguf,nope", "out", "unknown format 'nope'"),
+    ],
+)
+def test_names_that_do_not_fit(tmp_path: Path, formats: str, name: str, message: str) -> None:
+    make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match=message):
+        export_command(tmp_path / "run", formats, tmp_path / name, requantize=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+def test_a_grid_that_one_of_them_cannot_carry(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "run", "llama-tied", linear_grid="int4_g64", **WIDE)
+    with pytest.raises(UserError, match=r"gguf: this format cannot carry the grid int4_g64.*formats that can: gptq"):
+        export_command(tmp_path / "run", "gptq,gguf", tmp_path / "out", requantize=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_old_manifest_does_not_outlive_what_it_describes(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    out = tmp_path / "out"
+    export_command(tmp_path / "run", "gguf,gptq", out, requantize=False)
+    (out / "student-gptq" / "config.json").unlink()
+    (out / "student-gptq" / "quantize_config.json").unlink()  # now it is somebody else's folder, and not replaced
+    with pytest.raises(UserError, match="no GPTQ export"):
+        export_command(tmp_path / "run", "gguf,gptq", out, requantize=False)
+    assert not (out / MANIFEST).exists()
+    assert verify(tmp_path / "run", out / "student.gguf").ok
+
+
+def test_requantized_is_said_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = make_artifact(tmp_path / "run", "llama-tied", linear_grid="int4_g64", **WIDE)
+    out = tmp_path / "out"
+    export_command(tmp_path / "run", "gguf,gptq", out, requantize=True)
+    told = fold(capsys.readouterr().out)
+    linear = [name for name in artifact.grids if name != "model.embed_tokens.weight"]
+    assert f"NOT the trained weights: {len(linear)} tensors were rounded again ({len(linear)} to q4_0)" in told
+    assert "KL of the requantized to the trained student" in told
+    exact = {entry["format"]: entry for entry in json.loads((out / MANIFEST).read_text())["exports"]}
+    assert (exact["gguf"]["exact"], exact["gptq"]["exact"]) == (False, True)
+    assert exact["gguf"]["requantized"]["tensors"] == dict.fromkeys(linear, "q4_0")
+    assert 0 < exact["gguf"]["requantized"]["cost"]["after"] < 1
+
+    assert verify(tmp_path / "run", out / "student-gptq").ok
+    result = verify(tmp_path / "run", out / "student.gguf")
+    assert result.requantized
+    assert not result.ok
+    assert result.file_run_hash == f"requantized:{artifact.run_hash}"
+    assert {mismatch.name for mismatch in result.mismatches} <= set(linear)
+    assert verify_command(tmp_path / "run", [out / "student.gguf"], runtime=False) == 1
+    assert "NOT EXACT: the file says that its weights were rounded again" in fold(capsys.readouterr().out)
+
+
+def test_requantized_weights_are_those_of_the_nearest_grid(tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path / "run", "llama-untied", linear_grid="int8_g64", **WIDE)
+    made, changed = requantized(artifact, "gguf", tmp_path / "made")
+    assert set(changed.values()) == {"q8_0"}
+    for name in artifact.grids:
+        weight = artifact.weight(name)
+        grid = made.quantized(name).grid
+        expected = weight if name not in changed else dequantize(quantize(weight, grid, mse_scales(weight, grid)))
+        assert torch.equal(made.weight(name), expected)
+    assert [made.weight(name).tolist() for name in made.kept] == [artifact.weight(n).tolist() for n in artifact.kept]
+
+
+def test_mixed_grids_become_the_finest_for_a_format_of_one(tmp_path: Path) -> None:
+    mixed = {"model.layers.1.mlp.down_proj.weight": "q8_0"}
+    artifact = make_artifact(tmp_path / "run", "llama-tied", grids=mixed, **SMALL)
+    with pytest.raises(UserError, match="one width and one group size"):
+        export.get("gptq").check(artifact)
+    made, changed = requantized(artifact, "gptq", tmp_path / "made")
+    assert set(changed.values()) == {"q8_0"}
+    assert mixed.keys().isdisjoint(changed)
+    export.get("gptq").check(made)
+
+
+def test_the_cost_is_measured_against_the_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = save_model(tmp_path / "teacher", intermediate_size=128)
+    artifact = make_artifact(tmp_path / "run", "llama-tied", linear_grid="int4_g64", **WIDE)
+    description = artifact.folder / "artifact.json"
+    content = json.loads(description.read_text())
+    content["recipe"]["teacher"] = teacher
+    description.write_text(json.dumps(content))
+    assert open_artifact(tmp_path / "run").recipe["teacher"] == teacher
+    export_command(tmp_path / "run", "gguf", tmp_path / "x.gguf", requantize=True)
+    told = fold(capsys.readouterr().out)
+    assert "KL to the teacher" in told
+    before, after = (float(told.split(mark)[0].split()[-1]) for mark in (" as trained,", " after rounding again"))
+    assert 0 < before < 1
+    assert 0 < after < 1
+    assert before != after
+
+
+def test_nothing_to_requantize(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    export_command(tmp_path / "run", "gguf", tmp_path / "x.gguf", requantize=True)
+    assert verify(tmp_path / "run", tmp_path / "x.gguf").ok
