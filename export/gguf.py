@@ -88,7 +88,9 @@ def _stored(artifact: Artifact, name: str, architecture: Architecture) -> Iterat
     """
     heads = architecture.permuted_heads(name, artifact.config)
     if name not in artifact.grids:
-        kept = artifact.weight(name) + architecture.offset(name)
+        kept = artifact.weight(name)
+        if offset := architecture.offset(name):  # adding 0 would turn -0.0 into 0.0
+            kept += offset
         yield (_permute_rows(kept, heads) if heads else kept).contiguous().numpy()
         return
     head = artifact.shape(name)[0] // heads if heads else 1

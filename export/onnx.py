@@ -59,15 +59,6 @@ def check(artifact: Artifact) -> None:
         )
 
 
-def check(artifact: Artifact) -> None:
-    """Check what can be checked before anything is made.
-
-    Raises:
-        UserError: A grid or an architecture that ONNX folders do not have.
-    """
-    _check(artifact, "cpu", None)
-
-
 def write(
     artifact: Artifact,
     path: Path,

@@ -65,9 +65,10 @@ class Cost:
 def nearest_grid(trained: Grid, columns: int, known: tuple[str, ...]) -> Grid | None:
     """Return the grid of a format that is nearest to a trained one, None if none fits the rows.
 
-    Nearest is the smallest width that holds at least as many bits (else the widest), and of these the smallest block.
+    Only plain grids are considered, whose scales can be searched. Nearest is the smallest width that holds at least as
+    many bits (else the widest), and of these the smallest block.
     """
-    fitting = [grid for grid in map(get_grid, known) if columns % grid.block == 0]
+    fitting = [grid for grid in map(get_grid, known) if grid.is_plain and columns % grid.unit == 0]
     enough = [grid for grid in fitting if grid.bits >= trained.bits]
     if enough:
         return min(enough, key=lambda grid: (grid.bits, grid.block))
