@@ -26,7 +26,7 @@ from qad import native
 from qad.errors import UserError
 from qad.fake_quant import fake_quantize, fake_quantize_backward
 from qad.grid import GRIDS, Grid
-from qad.noise import NOISE_MODES, Noise
+from qad.noise import HARD, NOISE_MODES, Noise
 from qad.philox import uniform16
 from qad.tensor import QuantizedTensor, absmax_scales, damaged_blocks, dequantize, quantize, round_scales
 
@@ -431,6 +431,27 @@ def test_unaligned_views_and_their_surroundings(dtype: torch.dtype, offset: int)
                 check(at_scales, expected_used, name)
                 check(out, expected, name)
             assert guarded.intact(), name
+
+
+@needs_library
+@pytest.mark.parametrize("in_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noise", [HARD, Noise("uniform", 0.0, seed=1)], ids=["hard", "uniform"])
+def test_outputs_past_the_caches_have_the_same_bits(in_dtype: torch.dtype, noise: Noise) -> None:
+    """Large outputs are stored by other instructions where their address allows it, which an odd one does not."""
+    found = re.search(r"STREAMING_ELEMENTS = 1 << (\d+);", (native.SOURCES / "cpu/api.cpp").read_text())
+    assert found, "large outputs are told apart in another way: size this tensor anew"
+    weight = (torch.randn((1 << int(found[1])) // 4096 + 1, 4096) * 0.02).to(in_dtype)
+    weight[3, 5], weight[-1, -1] = torch.nan, torch.inf
+    used = torch.empty(weight.shape[0], weight.shape[1] // 32)
+    for out_dtype in {in_dtype, torch.bfloat16}:
+        aligned, odd = (torch.full((weight.numel() + 65,), 7.0, dtype=out_dtype) for _ in range(2))
+        outs = [pool[start : start + weight.numel()] for pool, start in ((aligned, 64), (odd, 33))]
+        assert aligned.data_ptr() % 64 == odd.data_ptr() % 64 == 0
+        for out in outs:
+            native.fake_quantize(weight, None, GRIDS["q4_0"], noise, out.view_as(weight), used)
+        check(outs[0], outs[1], str(out_dtype))
+        assert (aligned[:64] == 7).all()
+        assert aligned[-1] == 7
 
 
 def elements_per_thread() -> int:
