@@ -195,7 +195,8 @@ class Masters(nn.Module):
             entry.name: quantize(
                 entry.master.data,
                 entry.grid,
-                entry.scales.data if entry.grid.is_plain else entry.stored_scales(),
+                # A copy, because the next search writes to what is stored.
+                entry.scales.data if entry.grid.is_plain else entry.stored_scales().map(torch.clone),
                 entry.name,
             )
             for entry in self._entries

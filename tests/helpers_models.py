@@ -22,6 +22,7 @@ from qad.grid import get_grid
 from qad.plan import KEEP, is_tied, make_plan
 from qad.sentencepieces import SPACE, byte_token
 from qad.tensor import QuantizedTensor, dequantize, quantize, round_scales
+from tests.helpers_grids import random_tensor
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -324,9 +325,11 @@ def make_model(case: str, **changes: Any) -> Any:
     return model.eval()
 
 
-def wild(shape: tuple[int, ...], grid_name: str, generator: torch.Generator) -> QuantizedTensor:
+def wild(shape: tuple[int, int], grid_name: str, generator: torch.Generator) -> QuantizedTensor:
     """Return a tensor of random codes over the whole range under scales of every magnitude, the extremes included."""
     grid = get_grid(grid_name)
+    if not grid.is_plain:
+        return random_tensor(*shape, grid, seed=int(torch.randint(1 << 30, (), generator=generator)))
     codes = torch.randint(grid.code_min, grid.code_max + 1, shape, generator=generator).to(torch.int8)
     exponents = torch.rand((shape[0], shape[1] // grid.block), generator=generator) * 30 - 14
     signs = torch.randint(0, 2, exponents.shape, generator=generator) * 2 - 1
@@ -369,7 +372,7 @@ def make_artifact(
         if grid == KEEP:
             kept[name] = weight
         elif extreme and (is_linear or linear_grid is None):
-            quantized[name] = wild(tuple(weight.shape), grid, generator)
+            quantized[name] = wild((weight.shape[0], weight.shape[1]), grid, generator)
         else:
             quantized[name] = quantize(weight, get_grid(grid))
     return save_artifact(

@@ -14,7 +14,8 @@ from qad.grid import GRIDS, Grid
 from qad.pack import gguf_block_bytes, pack_gguf, pack_gptq, pack_onnx
 from qad.scale_search import find_scales
 from qad.tensor import QuantizedTensor, dequantize, quantize
-from tests.helpers_ggml import GGUF_TYPES, ggml_dequantize, random_tensor
+from tests.helpers_ggml import GGUF_TYPES, ggml_dequantize
+from tests.helpers_grids import random_tensor
 
 # The grids that GGUF has a type for.
 every_grid = pytest.mark.parametrize("grid", [GRIDS[name] for name in GGUF_TYPES], ids=lambda grid: grid.name)

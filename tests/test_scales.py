@@ -22,7 +22,8 @@ from qad.ops import fake_quantize_op
 from qad.scale_search import find_scales
 from qad.scales import StoredScales, range_scales, to_half
 from qad.tensor import as_blocks, block_offsets, block_scales, dequantize, quantize
-from tests.helpers_ggml import GGUF_TYPES, ggml_quantize, random_stored, random_tensor
+from tests.helpers_ggml import GGUF_TYPES, ggml_quantize
+from tests.helpers_grids import random_stored, random_tensor
 
 # The plain ones are in test_tensor.py and test_fake_quant.py.
 GRIDS_HERE = [grid for grid in GRIDS.values() if not grid.is_plain]
