@@ -17,6 +17,7 @@ from torch import Tensor
 from qad import divergence as plain_divergence
 from qad import fake_quant as reference
 from qad import native
+from qad.errors import UserError
 from qad.grid import Grid, get_grid
 from qad.noise import HARD, Noise
 
@@ -79,7 +80,16 @@ def fake_quantize(
         out: Buffer to write to, of any of these dtypes.
         used_scales_NG: float32 buffer that receives the rounded scales; may be ``scales_NG`` itself.
         offsets_NG: float32 offsets, for a grid with minimums; given if the scales are.
+
+    Raises:
+        UserError: A gradient is wanted, which what is written to a buffer cannot have.
     """
+    given = (master_NK, scales_NG, offsets_NG)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+        raise UserError(
+            "qad.ops.fake_quantize has no gradient: call torch.ops.qad.fake_quantize, which has one, or this one under "
+            "torch.no_grad()"
+        )
     out = torch.empty_like(master_NK, memory_format=torch.contiguous_format) if out is None else out
     kernels = _kernels(grid, master_NK, scales_NG, out, used_scales_NG)
     if kernels is None:

@@ -3,9 +3,12 @@
 To second order, an error D [N, K] of a linear layer costs 1/2 E[(g^T D x)^2], where x is the layer's input and g the
 gradient by its output of log p(y), y drawn from the model itself: the Fisher information, here factored into that of
 inputs and that of outputs as in K-FAC (Martens and Grosse, arXiv 1503.05671). Rounding errors of different rows are
-uncorrelated, which leaves the diagonal of E[g g^T]. Within a row, rounding to nearest pays (D A D^T) with A = E[x x^T];
-rounding with compensation pays, for the error of input i, one over the square of that input's entry in the Cholesky
-factor of A's inverse (GPTQ, arXiv 2210.17323), so that no matrix need be rounded that way to know.
+uncorrelated, which leaves the diagonal of E[g g^T]. Tokens count by their gradients: A = E[|g|^2 x x^T] / E[|g|^2],
+because the tokens of largest inputs are often those that matter least (so weighted or not makes a factor of four for
+SmolLM2's down projections). Within a row rounding to nearest pays D A D^T. Compensation (GPTQ, arXiv 2210.17323)
+leaves D = e U with U^T U the inverse of H = E[x x^T] and e_i the rounding error of input i over U_ii; as these errors
+are uncorrelated, input i pays its squared rounding error times (U A U^T)_ii / U_ii^2, and no matrix need be rounded
+that way to know.
 
 Embedding and head, of which there are one or two, are measured: rounded, and the KL taken.
 
@@ -15,7 +18,7 @@ Shapes: B sequences, T tokens, N output features, K input features.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +36,7 @@ Costs = dict[str, dict[str, float]]
 Progress = Callable[[int, int], None]
 
 _BATCH_TOKENS = 1024
-_INPUT_TOKENS, _GRADIENT_TOKENS, _END_TOKENS = 8192, 4096, 2048
+_GRADIENT_TOKENS, _END_TOKENS = 4096, 2048
 _MOMENT_BYTES = 1 << 30  # second moments held at a time
 _ROWS = 128  # rows of a matrix that are rounded for its estimate
 _DAMPING = 0.01
@@ -63,10 +66,8 @@ def measure_costs(
     ends = [name for name in candidates if (weight := weights[name]) is not None and weight.is_end]
     linears = {name: modules[name] for name in candidates if name not in ends}
     groups = list(_groups(linears))
-    gradients, inputs, texts = (
-        _batches(calibration_BT, tokens) for tokens in (_GRADIENT_TOKENS, _INPUT_TOKENS, _END_TOKENS)
-    )
-    total = len(gradients) + len(groups) * len(inputs) + sum(map(len, candidates.values()))
+    gradients, texts = (_batches(calibration_BT, tokens) for tokens in (_GRADIENT_TOKENS, _END_TOKENS))
+    total = len(groups) * len(gradients) + sum(map(len, candidates.values()))
     done = 0
 
     def tick() -> None:
@@ -76,13 +77,12 @@ def measure_costs(
 
     on_progress(0, total)
     costs: Costs = {name: {} for name in candidates}
-    energy = _gradient_energy(model, linears, gradients, seed, tick)
     for group in groups:
-        importances = _importances(model, group, inputs, mode == "gptq", tick)
+        statistics = _observe(model, group, gradients, seed, mode == "gptq", tick)
         for name, module in group.items():
-            moment = importances.pop(name)
+            observed = statistics.pop(name)
             for grid in candidates[name]:
-                costs[name][grid] = _expected(module.weight.data, energy[name], moment, grid, mode)
+                costs[name][grid] = _expected(module.weight.data, observed, grid, mode)
                 tick()
     for name in ends:
         for grid, cost in _measured(model, name, candidates[name], texts, mode):
@@ -97,56 +97,9 @@ def _batches(tokens_BT: Tensor, count: int) -> Sequence[Tensor]:
     return tokens_BT[: max(1, count // length)].split(max(1, _BATCH_TOKENS // length))
 
 
-def _tokens(batches: Sequence[Tensor]) -> int:
-    return sum(part.numel() for part in batches)
-
-
 def _method(mode: str) -> str:
     """Return how a tensor is rounded without compensation; ``gptq`` does so where it has nothing to compensate."""
     return "rtn" if mode == "rtn" else "mse"
-
-
-@contextmanager
-def _hooked(hooks: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _gradient_energy(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Tensor], seed: int, tick: Callable[[], None]
-) -> dict[str, Tensor]:
-    """Return for each layer the mean over tokens of g^2 [N], g by its output of log p(y), y drawn from the model."""
-    energy = {name: torch.zeros(module.out_features) for name, module in linears.items()}
-
-    def keep(name: str, grad: Tensor) -> None:
-        energy[name] += grad.detach().reshape(-1, grad.shape[-1]).square().sum(dim=0)
-
-    def watch(_: nn.Module, __: Any, output: Tensor, name: str) -> None:
-        output.register_hook(partial(keep, name))
-
-    def need_gradient(_: nn.Module, __: Any, output: Tensor) -> None:
-        output.requires_grad_(True)
-
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    generator = torch.Generator().manual_seed(seed)
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    hooks = [module.register_forward_hook(partial(watch, name=name)) for name, module in linears.items()]
-    hooks.append(embedding.register_forward_hook(need_gradient))
-    model.requires_grad_(False)  # gradients of activations only
-    try:
-        with _hooked(hooks), torch.enable_grad():
-            for batch_BT in batches:
-                logits = model(input_ids=batch_BT, use_cache=False).logits.flatten(0, 1).float()
-                drawn = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator).squeeze(-1)
-                F.cross_entropy(logits, drawn, reduction="sum").backward()
-                tick()
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-    return {name: total / _tokens(batches) for name, total in energy.items()}
 
 
 def _groups(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
@@ -154,7 +107,7 @@ def _groups(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
     group: dict[str, nn.Linear] = {}
     size = 0
     for name, module in linears.items():
-        needed = 4 * module.in_features**2
+        needed = 2 * 4 * module.in_features**2
         if group and size + needed > _MOMENT_BYTES:
             yield group
             group, size = {}, 0
@@ -164,52 +117,113 @@ def _groups(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
         yield group
 
 
-@torch.no_grad()
-def _importances(
+@dataclass(frozen=True)
+class _Observed:
+    """What the calibration text shows of one layer.
+
+    Attributes:
+        energy_N: Mean over tokens of g^2, g the gradient by the layer's output of log p(y).
+        moment: What errors within a row cost: [K] for each input's squared rounding error, or a form [K, K].
+    """
+
+    energy_N: Tensor
+    moment: Tensor
+
+
+class _Recorder:
+    """Gathers what hooks see of some layers.
+
+    Args:
+        linears: The layers.
+        with_inputs: Whether to gather the inputs' plain second moments too.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear], with_inputs: bool) -> None:
+        self.energy = {name: torch.zeros(module.out_features) for name, module in linears.items()}
+        self.weighted = {name: torch.zeros(2 * (module.in_features,)) for name, module in linears.items()}
+        self.plain: dict[str, Tensor] = {}
+        self.owner: dict[str, str] = {}
+        self.tokens = 0
+        self._with_inputs = with_inputs
+        self._given: list[tuple[Tensor, str]] = []
+        self._hooks = [module.register_forward_hook(partial(self._watch, name)) for name, module in linears.items()]
+
+    def _watch(self, name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x_TK = args[0].detach().reshape(-1, args[0].shape[-1])
+        if self._with_inputs:
+            # Layers that read the same tensor share one result.
+            self.owner[name] = next((first for tensor, first in self._given if tensor is args[0]), name)
+            if self.owner[name] == name:
+                self._given.append((args[0], name))
+                self.plain.setdefault(name, x_TK.new_zeros(2 * (x_TK.shape[1],))).addmm_(x_TK.t(), x_TK)
+        output.register_hook(partial(self._weigh, name, x_TK))
+
+    def _weigh(self, name: str, x_TK: Tensor, grad: Tensor) -> None:
+        square_TN = grad.detach().reshape(-1, grad.shape[-1]).square()
+        self.energy[name] += square_TN.sum(dim=0)
+        self.weighted[name].addmm_(x_TK.t() * square_TN.sum(dim=1), x_TK)
+
+    def end_batch(self, tokens: int) -> None:
+        """Count a batch, and forget the tensors that were seen in it."""
+        self.tokens += tokens
+        self._given.clear()
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _observe(
     model: nn.Module,
-    group: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Linear],
     batches: Sequence[Tensor],
+    seed: int,
     compensated: bool,
     tick: Callable[[], None],
-) -> dict[str, Tensor]:
-    """Return for each layer what squared errors cost: [K] by input if compensated, else the second moments [K, K].
+) -> dict[str, _Observed]:
+    """Return what the calibration text shows of each layer, by gradients of labels drawn from the model."""
 
-    Layers that read the same tensor share one result.
-    """
-    moments: dict[str, Tensor] = {}
-    owner: dict[str, str] = {}
-    seen: list[tuple[Tensor, str]] = []
+    def need_gradient(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.requires_grad_(True)
 
-    def gather(_: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        given = args[0]
-        first = next((other for tensor, other in seen if tensor is given), None)
-        if first is not None:
-            owner[name] = first
-            return
-        seen.append((given, name))
-        owner[name] = name
-        x_TK = given.reshape(-1, given.shape[-1])
-        if name not in moments:
-            moments[name] = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1])
-        moments[name].addmm_(x_TK.t(), x_TK)
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    recorder = _Recorder(linears, compensated)
+    start = embedding.register_forward_hook(need_gradient)
+    model.requires_grad_(False)  # gradients of activations only
+    try:
+        with torch.enable_grad():
+            for batch_BT in batches:
+                logits = model(input_ids=batch_BT, use_cache=False).logits.flatten(0, 1).float()
+                drawn = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator).squeeze(-1)
+                F.cross_entropy(logits, drawn, reduction="sum").backward()
+                recorder.end_batch(batch_BT.numel())
+                tick()
+    finally:
+        recorder.remove()
+        start.remove()
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    factors = {
+        name: inverse_factor(damped(recorder.plain.pop(name).div_(recorder.tokens), _DAMPING))
+        for name in list(recorder.plain)
+    }
+    observed = {}
+    for name in linears:
+        energy_N = recorder.energy[name]
+        moment = recorder.weighted.pop(name).div_(energy_N.sum().clamp_min(torch.finfo(torch.float32).tiny))
+        if compensated:
+            upper_KK = factors[recorder.owner[name]]
+            moment = ((upper_KK @ moment) * upper_KK).sum(dim=1) / upper_KK.diagonal().square()
+        observed[name] = _Observed(energy_N / recorder.tokens, moment)
+    return observed
 
-    with _hooked([module.register_forward_pre_hook(partial(gather, name=name)) for name, module in group.items()]):
-        for batch_BT in batches:
-            model.base_model(input_ids=batch_BT, use_cache=False)  # type: ignore[operator,union-attr]
-            seen.clear()
-            tick()
-    for moment in moments.values():
-        moment.div_(_tokens(batches))
-    if compensated:
-        moments = {
-            name: inverse_factor(damped(moment, _DAMPING)).diagonal().reciprocal().square()
-            for name, moment in moments.items()
-        }
-    return {name: moments[owner[name]] for name in group}
 
-
-def _expected(weight_NK: Tensor, energy_N: Tensor, moment: Tensor, grid: str, mode: str) -> float:
+def _expected(weight_NK: Tensor, observed: _Observed, grid: str, mode: str) -> float:
     """Return 1/2 sum_n E[g_n^2] (error of row n), from evenly spread rows."""
+    energy_N, moment = observed.energy_N, observed.moment
     count = min(_ROWS, weight_NK.shape[0])
     rows = torch.linspace(0, weight_NK.shape[0] - 1, count).round().long()
     sample_NK = weight_NK[rows]

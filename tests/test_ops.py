@@ -166,3 +166,14 @@ def test_fold_sum_folds_in_halves() -> None:
     # In this order, and in no other, each large term meets its opposite first.
     values = torch.tensor([1e30, 3.0, 1e20, 4.0, -1e30, 5.0, -1e20, 6.0])
     assert float(fold_sum(values)) == 18.0
+
+
+@pytest.mark.parametrize("wants", ["master", "scales"])
+def test_the_call_without_a_gradient_says_so(wants: str) -> None:
+    """It would drop the gradient of a master that requires one, and nobody would know."""
+    weight, scales = case("q4_0")
+    (weight if wants == "master" else scales).requires_grad_()
+    with pytest.raises(UserError, match=r"has no gradient: call torch\.ops\.qad\.fake_quantize"):
+        ops.fake_quantize(weight, scales, get_grid("q4_0"))
+    with torch.no_grad():
+        ops.fake_quantize(weight, scales, get_grid("q4_0"))
