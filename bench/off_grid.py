@@ -13,16 +13,18 @@ Leaves FOLDER (for --teacher) and FOLDER/model.gguf (float32, for bench/quality.
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qad.artifact import save_artifact
 from qad.export import gguf
 from qad.model import load_model, resolve_source
 
 
-def fold_norm(norm: nn.Module, readers: list[nn.Linear]) -> None:
+def fold_norm(norm: Any, readers: list[nn.Linear]) -> None:
     """Move a norm's weights into the layers that read it."""
     for reader in readers:
         reader.weight.mul_(norm.weight)
@@ -35,13 +37,14 @@ def rotation(size: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def move_off_grid(model: nn.Module, seed: int = 0) -> None:
+def move_off_grid(model: PreTrainedModel, seed: int = 0) -> None:
     """Change a llama model's weights, and not its function."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     size = config.hidden_size // config.num_attention_heads
     per_value = config.num_attention_heads // config.num_key_value_heads
-    for layer in model.model.layers:
+    layers: Any = model.model.layers
+    for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         fold_norm(layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj])
         fold_norm(layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])

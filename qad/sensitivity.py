@@ -10,7 +10,8 @@ leaves D = e U with U^T U the inverse of H = E[x x^T] and e_i the rounding error
 are uncorrelated, input i pays its squared rounding error times (U A U^T)_ii / U_ii^2, and no matrix need be rounded
 that way to know.
 
-Embedding and head, of which there are one or two, are measured: rounded, and the KL taken.
+Embedding and head, of which there are one or two, are measured: rounded to one grid, and the KL taken; that of other
+grids follows from their squared errors.
 
 What is given up: the interaction of errors, correlations of gradients across tokens, all but a sample of the rows.
 
@@ -38,7 +39,7 @@ Progress = Callable[[int, int], None]
 _BATCH_TOKENS = 1024
 _GRADIENT_TOKENS, _END_TOKENS = 4096, 2048
 _MOMENT_BYTES = 1 << 30  # second moments held at a time
-_ROWS = 128  # rows of a matrix that are rounded for its estimate
+_ROWS, _END_ROWS = 128, 1024  # rows of a matrix that are rounded for its estimate
 _DAMPING = 0.01
 
 
@@ -95,11 +96,6 @@ def _batches(tokens_BT: Tensor, count: int) -> Sequence[Tensor]:
     """Return batches of the first sequences, of about ``count`` tokens."""
     length = tokens_BT.shape[1]
     return tokens_BT[: max(1, count // length)].split(max(1, _BATCH_TOKENS // length))
-
-
-def _method(mode: str) -> str:
-    """Return how a tensor is rounded without compensation; ``gptq`` does so where it has nothing to compensate."""
-    return "rtn" if mode == "rtn" else "mse"
 
 
 def _groups(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
@@ -227,8 +223,7 @@ def _expected(weight_NK: Tensor, observed: _Observed, grid: str, mode: str) -> f
     count = min(_ROWS, weight_NK.shape[0])
     rows = torch.linspace(0, weight_NK.shape[0] - 1, count).round().long()
     sample_NK = weight_NK[rows]
-    rounded = round_without_hessian(sample_NK, get_grid(grid), _method(mode), "the weight")
-    error_NK = dequantize(rounded.quantized).sub_(sample_NK)
+    error_NK = _rounded(sample_NK, grid, mode).sub_(sample_NK)
     by_row_N = error_NK.square() @ moment if moment.ndim == 1 else (error_NK @ moment * error_NK).sum(dim=1)
     # The rows left out are taken to have the errors of the others, with the energy of their own.
     share = float(energy_N[rows] @ by_row_N) / max(float(energy_N[rows].sum()), 1e-30)
@@ -238,9 +233,17 @@ def _expected(weight_NK: Tensor, observed: _Observed, grid: str, mode: str) -> f
 def _measured(
     model: nn.Module, name: str, grids: Sequence[str], parts: Sequence[Tensor], mode: str
 ) -> Iterator[tuple[str, float]]:
-    """Yield the KL of the model with one tensor rounded, for each grid."""
+    """Yield for each grid the KL of the model with one tensor rounded: measured for one of them, scaled for others."""
     parameter = dict(model.named_parameters())[name]
     exact = parameter.data
+    rows = torch.linspace(0, len(exact) - 1, min(_END_ROWS, len(exact))).round().long()
+    errors = {grid: float(_rounded(exact[rows], grid, mode).sub_(exact[rows]).square().sum()) for grid in grids}
+    # One in the middle: where the KL is small enough to be quadratic, and large enough to be no rounding of its own.
+    lossy = sorted((grid for grid in grids if errors[grid] > 0), key=errors.__getitem__)
+    if not lossy:
+        yield from ((grid, 0.0) for grid in grids)
+        return
+    reference = lossy[(len(lossy) - 1) // 2]
     batches = [
         {
             "input_ids": part,
@@ -252,13 +255,18 @@ def _measured(
     # The first measurement leaves the exact model's hidden states in the batches.
     measure(model, model, batches)
     teacher = _HeadOnly(model.get_output_embeddings().weight.data)  # type: ignore[operator,union-attr]
-    for grid in grids:
-        rounded = round_without_hessian(exact, get_grid(grid), _method(mode), name)
-        parameter.data = dequantize(rounded.quantized)
-        try:
-            yield grid, measure(model, teacher, batches).kl
-        finally:
-            parameter.data = exact
+    parameter.data = _rounded(exact, reference, mode)
+    try:
+        kl = measure(model, teacher, batches).kl
+    finally:
+        parameter.data = exact
+    yield from ((grid, kl * errors[grid] / errors[reference]) for grid in grids)
+
+
+def _rounded(weight_NK: Tensor, grid: str, mode: str) -> Tensor:
+    """Return a weight rounded to nearest, as a tensor of its own."""
+    method = "rtn" if mode == "rtn" else "mse"
+    return dequantize(round_without_hessian(weight_NK, get_grid(grid), method, "the weight").quantized)
 
 
 class _HeadOnly(nn.Module):

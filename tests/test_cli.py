@@ -578,14 +578,14 @@ def test_training_under_a_budget_resumes_with_its_plan(qad: Call, tmp_path: Path
     assert "expected KL" in qad("train", *flags, "-o", run).out
     plan = json.loads((run / "plan.json").read_text())
     assert open_artifact(run).grids == {name: grid for name, grid in plan.items() if grid != "keep"}
-    assert len(set(open_artifact(run).grids.values())) == 2
+    assert len(set(open_artifact(run).grids.values())) > 1
     # Without its result the run is unfinished. Its plan is read, not measured: another one would come out the same.
     (run / "result.json").unlink()
-    swapped = {"q4_0": "q8_0", "q8_0": "q4_0", "keep": "keep"}
-    (run / "plan.json").write_text(json.dumps({name: swapped[grid] for name, grid in plan.items()}))
+    swapped = {name: {"q4_0": "q8_0", "keep": "keep"}.get(grid, "q4_0") for name, grid in plan.items()}
+    (run / "plan.json").write_text(json.dumps(swapped))
     again = qad("train", "--resume", "-o", run)
     assert (again.code, "expected KL" in again.out) == (0, False)
-    assert open_artifact(run).grids == {name: swapped[grid] for name, grid in plan.items() if grid != "keep"}
+    assert open_artifact(run).grids == {name: grid for name, grid in swapped.items() if grid != "keep"}
 
 
 def test_an_interrupt_says_how_to_continue(tmp_path: Path, model: Path) -> None:
