@@ -42,6 +42,20 @@ def explain(error: BaseException, target: Path) -> UserError | None:
     return None
 
 
+def cache_folder() -> Path:
+    """Return where qad keeps what it can make again: ``$XDG_CACHE_HOME/qad`` or ``~/.cache/qad``.
+
+    Raises:
+        UserError: There is no home folder.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "qad"
+    try:
+        return Path.home() / ".cache" / "qad"
+    except RuntimeError:  # a user that the machine does not know, as containers have them
+        raise UserError("there is no home folder for qad's cache: set XDG_CACHE_HOME") from None
+
+
 def _usual_permissions(path: Path) -> None:
     """Give a file or folder the permissions of any new one: temporary ones, and those of safetensors, are private."""
     umask = os.umask(0)

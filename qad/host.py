@@ -34,7 +34,7 @@ import psutil
 
 from qad.devices import GIB, HOST, Device, Fact, make
 from qad.errors import UserError
-from qad.files import replacing_file
+from qad.files import cache_folder, replacing_file
 
 _FORMAT = 1
 _INSTRUCTION_SETS = (
@@ -98,8 +98,8 @@ def _processor() -> tuple[str, tuple[str, ...]]:
     return name, tuple(flag for flag in _INSTRUCTION_SETS if flag in flags)
 
 
-def usable_cores() -> int:
-    """Return the physical cores that this process may use."""
+def allowed_cores() -> float:
+    """Return the physical cores that this process may use: those it is bound to, or its share in a container."""
     logical = psutil.cpu_count() or 1
     physical = psutil.cpu_count(logical=False) or logical
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
@@ -107,7 +107,8 @@ def usable_cores() -> int:
     with contextlib.suppress(OSError, ValueError):
         limit, period = _QUOTA.read_text().split()
         quota = math.inf if limit == "max" else int(limit) / int(period)
-    return max(1, int(min(physical, -(-allowed * physical // logical), quota)))
+    # Two logical processors of one core share its arithmetic units: the second adds little.
+    return min(physical, max(1, allowed * physical // logical), quota)
 
 
 def _memory() -> tuple[int, int]:
@@ -136,7 +137,7 @@ def _machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": name,
         "instruction_sets": list(sets),
-        "cores": usable_cores(),
+        "cores": max(1, int(allowed_cores())),
         "memory": _memory()[0],
     }
 
@@ -334,12 +335,8 @@ def merge(old: Measurement, new: Measurement) -> Measurement:
 
 def _file(machine: Mapping[str, Any]) -> Path:
     """Return where a machine's measurement is kept: a shared home folder may serve several machines."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qad"
-    except RuntimeError:  # a user that the machine does not know, as containers have them
-        raise UserError("there is no home folder to keep measurements in: set XDG_CACHE_HOME") from None
     digest = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
-    return folder / f"host-{digest[:16]}.json"
+    return cache_folder() / f"host-{digest[:16]}.json"
 
 
 def kept() -> Measurement | None:

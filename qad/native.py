@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qad import files
 from qad.errors import UserError
 from qad.grid import Grid
 from qad.noise import NOISE_MODES, Noise
@@ -187,16 +188,14 @@ def _is_whole(library: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return where built libraries are kept: ``$XDG_CACHE_HOME/qad`` or ``~/.cache/qad``.
+    """Return where built libraries are kept; see ``qad.files``.
 
     Raises:
         NativeUnavailable: There is no home folder.
     """
-    if chosen := os.environ.get("XDG_CACHE_HOME"):
-        return Path(chosen) / "qad"
     try:
-        return Path.home() / ".cache" / "qad"
-    except RuntimeError:  # a user that the machine does not know, as containers have them
+        return files.cache_folder()
+    except UserError:
         raise NativeUnavailable("there is no home folder to keep built kernels in: set XDG_CACHE_HOME") from None
 
 
