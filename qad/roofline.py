@@ -216,12 +216,12 @@ def compute_buffer(facts: ModelFacts, cells: int, *, ubatch: int = UBATCH, flash
     """Return the bytes of llama.cpp's compute buffer, without margin.
 
     Buffers are reused along the graph, so the largest moment counts: the logits of a whole batch beside three rows of
-    activations; gate and up of the feed-forward network; attention: without flash attention a score per head and cell,
-    and its mask, six rows of activations beside it; with it, the mask in two precisions. Terms were found by comparing
-    with the buffer sizes that llama.cpp logs (tests/test_roofline.py does).
+    activations; gate and up of the feed-forward network; attention's mask, in float32 or, with flash attention, fp16,
+    with six rows of activations and, without it, a score per head and cell. The terms were found by comparing with the
+    buffer sizes that llama.cpp logs, which tests/test_roofline.py does.
     """
     row = ubatch * facts.hidden * 4
-    mask = ubatch * cells * (4 + (2 if flash else 0))
+    mask = ubatch * cells * (2 if flash else 4)
     scores = 0 if flash else ubatch * cells * facts.heads * 4
     return max(
         ubatch * facts.vocabulary * 4 + 3 * row, ubatch * facts.feed_forward * 8 + 3 * row, scores + mask + 6 * row

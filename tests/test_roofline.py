@@ -390,12 +390,9 @@ print(json.dumps(logs))
 _GGML_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 
 
-def test_buffers_against_what_llama_cpp_reports() -> None:
-    """KV to the byte, compute buffers to a twentieth, at small and large contexts, with and without flash attention."""
-    pytest.importorskip("llama_cpp")
-    path = resolve_source("smollm2")
-    facts = model_facts(path)
-    cases = [
+# Where logits are the largest part, and where attention is: context, ubatch, sequences, flash attention, KV type.
+_BUFFER_CASES = {
+    "smollm2": [
         (512, 512, 1, 0, "f16"),
         (4096, 512, 8, 1, "f16"),
         (4096, 512, 8, 1, "q8_0"),
@@ -403,7 +400,28 @@ def test_buffers_against_what_llama_cpp_reports() -> None:
         (8192, 512, 8, 0, "f16"),
         (8192, 128, 2, 0, "f16"),
         (16384, 128, 8, 1, "q4_0"),
-    ]
+    ],
+    "llama-tied": [
+        (4096, 512, 1, 0, "f16"),
+        (4096, 512, 8, 1, "f16"),
+        (16384, 128, 1, 0, "f16"),
+        (16384, 512, 8, 1, "q4_0"),
+        (65536, 128, 2, 1, "f16"),
+    ],
+}
+
+
+@pytest.mark.parametrize("model", _BUFFER_CASES)
+def test_buffers_against_what_llama_cpp_reports(tmp_path: Path, model: str) -> None:
+    """KV to the byte, compute buffers to a twentieth, at small and large contexts, with and without flash attention."""
+    pytest.importorskip("llama_cpp")
+    cases = _BUFFER_CASES[model]
+    if model in MODELS:
+        path = str(tmp_path / "student.gguf")
+        get("gguf").write(make_artifact(tmp_path / "run", model), Path(path))
+    else:
+        path = resolve_source(model)
+    facts = model_facts(path)
     settings = [(context, ubatch, k, flash, _GGML_TYPES[kind]) for context, ubatch, k, flash, kind in cases]
     # In a process of its own: the log is the library's, and so is what it keeps in memory.
     done = subprocess.run(
