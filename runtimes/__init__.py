@@ -18,50 +18,32 @@ from numpy.typing import ArrayLike, NDArray
 
 from qad import export
 from qad.errors import UserError, unknown_name
+from qad.runtimes._sampling import GREEDY, Sampling, choose
+from qad.runtimes._trajectories import OnToken, Step, Trajectory, Work
+
+__all__ = [
+    "ARTIFACT",
+    "FOLDER",
+    "GREEDY",
+    "Ending",
+    "OnToken",
+    "Piece",
+    "Runtime",
+    "Sampling",
+    "Session",
+    "Step",
+    "Trajectory",
+    "Work",
+    "choose",
+    "format_of",
+    "get",
+    "names",
+    "runtime_for",
+]
 
 # Kinds of model that are no exported file: a run's artifact, and a Hugging Face folder.
 ARTIFACT = "artifact"
 FOLDER = "folder"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Keeps the fewest most likely tokens whose probabilities reach this sum (nucleus sampling).
-        top_k: Keeps that many most likely tokens; 0 keeps all.
-        seed: Of the random choice.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.seed < 0:
-            raise UserError(f"{self} is impossible: temperature, top_k and seed are at least 0, top_p in (0, 1]")
-
-
-GREEDY = Sampling()
-
-
-def choose(logits_V: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator) -> int:
-    """Return the next token under a sampling rule; top_k is applied before top_p."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    order = np.argsort(-logits_V, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    scaled = logits_V[order].astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled[0])
-    weights /= weights.sum()
-    # A token stays if the likelier ones do not yet reach top_p: the first always does.
-    kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p * (1 - 1e-12))) + 1
-    weights = weights[:kept] / weights[:kept].sum()
-    return int(order[generator.choice(len(weights), p=weights)])
 
 
 @dataclass(frozen=True)
@@ -131,6 +113,38 @@ class Session(Protocol):
         Raises:
             UserError: Prompt and answer do not fit the model's context.
         """
+        ...
+
+    def sample(
+        self,
+        prompt_T: Sequence[int],
+        k: int,
+        sampling: Sampling = GREEDY,
+        *,
+        new_tokens: int,
+        on_token: OnToken | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Trajectory]:
+        """Return k continuations of one prompt, made side by side; ``work`` then tells what they cost.
+
+        Args:
+            prompt_T: Tokens of the prompt.
+            k: How many.
+            sampling: Rule and seed. Trajectory i draws from the i-th random stream of the seed, whatever k is.
+            new_tokens: Most tokens of each.
+            on_token: Called with every ``Step``. It returns None, or the indexes of trajectories to drop, which may be
+                any: their cache is freed and the others go on as if nothing had been. ``range(k)`` ends the call.
+            stop: Texts at which a trajectory ends; its text ends before them.
+
+        Raises:
+            UserError: No room for the prompt and a token of each trajectory, or more trajectories than the engine
+                takes; the message says what fits.
+        """
+        ...
+
+    @property
+    def work(self) -> Work:
+        """What the latest call of ``sample`` cost; while one runs, what it has cost so far."""
         ...
 
     def close(self) -> None:

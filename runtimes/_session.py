@@ -15,7 +15,66 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qad.errors import UserError
-from qad.runtimes import GREEDY, Ending, Piece, Sampling, choose
+from qad.runtimes import GREEDY, Ending, OnToken, Piece, Sampling, Trajectory, Work, choose
+from qad.runtimes._trajectories import Request, Rows, check_request, sample_rows
+
+
+class TokenizerText:
+    """Text of the tokens of one sequence, special ones left out."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def add(self, token: int) -> str:
+        """Return what is complete with this token and was not before."""
+        self._tokens.append(token)
+        # A replacement character at the end may be the first bytes of a longer character: it waits.
+        whole = self._text().rstrip("\ufffd")
+        new, self._shown = whole[len(self._shown) :], whole
+        return new
+
+    def end(self) -> str:
+        """Return what is left, complete or not."""
+        return self._text()[len(self._shown) :]
+
+
+class _SingleRows:
+    """K sequences with a cache of their own each, the prompt run for each: for an engine that cannot share one."""
+
+    def __init__(self, session: "TokenizerSession", prompt: Sequence[int], k: int, tokens: int, work: Work) -> None:
+        self._session = session
+        self._work = work
+        began = time.perf_counter()
+        self._caches: dict[int, Any] = {}
+        for row in range(k):
+            self.logits_V, self._caches[row] = session._next(prompt, session._cache(tokens))
+        work.prompt_tokens = k * len(prompt)
+        work.prompt_seconds = time.perf_counter() - began
+
+    def advance(self, rows: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append a token to each of some rows, and return the logits after it, [R, V]."""
+        began = time.perf_counter()
+        out = []
+        for row, token in zip(rows, tokens, strict=True):
+            logits_V, self._caches[row] = self._session._next([token], self._caches[row])
+            out.append(logits_V)
+        self._work.decode_seconds += time.perf_counter() - began
+        self._work.new_tokens += len(rows)
+        self._work.calls += len(rows)
+        return np.stack(out)
+
+    def has_room(self, rows: int) -> bool:
+        """Return True: each cache was made for all that is asked for."""
+        return True
+
+    def drop(self, row: int) -> None:
+        """Free a row's cache."""
+        del self._caches[row]
 
 
 class TokenizerSession(ABC):
@@ -32,6 +91,7 @@ class TokenizerSession(ABC):
         own: Any = tokenizer.eos_token_id
         self._ends = {int(token) for token in (*ends, own) if token is not None}
         self._context = context
+        self._work = Work()
 
     @abstractmethod
     def _cache(self, tokens: int) -> Any:
@@ -82,24 +142,72 @@ class TokenizerSession(ABC):
         began = time.perf_counter()
         logits, cache = self._next(prompt_T, self._cache(len(prompt_T) + new_tokens))
         read = time.perf_counter()
-        made: list[int] = []
-        shown = ""
+        text = TokenizerText(self._tokenizer)
+        made = 0
         reason = "length"
-        while len(made) < new_tokens:
+        while made < new_tokens:
             token = choose(logits, sampling, generator)
             if token in self._ends:
                 reason = "stop"
                 break
-            made.append(token)
-            text = self._tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            # A replacement character at the end may be the first bytes of a longer character: it waits.
-            whole = text.rstrip("\ufffd")
-            yield Piece(whole[len(shown) :], token)
-            shown = whole
-            if len(made) < new_tokens:
+            made += 1
+            yield Piece(text.add(token), token)
+            if made < new_tokens:
                 logits, cache = self._next([token], cache)
-        rest = self._tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)[len(shown) :]
-        yield Piece(rest, None, Ending(reason, len(prompt_T), len(made), read - began, time.perf_counter() - read))
+        ending = Ending(reason, len(prompt_T), made, read - began, time.perf_counter() - read)
+        yield Piece(text.end(), None, ending)
+
+    @property
+    def work(self) -> Work:
+        """What the latest call of ``sample`` cost; while one runs, what it has cost so far."""
+        return self._work
+
+    def _rows(self, prompt_T: Sequence[int], k: int, tokens: int, work: Work) -> tuple[Rows, NDArray[np.float32]]:
+        """Return k sequences at the end of a prompt, each with room for some tokens, and the logits [V] there.
+
+        Here one cache each and one run of the prompt each; an engine that can do better does.
+        """
+        rows = _SingleRows(self, prompt_T, k, tokens, work)
+        return rows, rows.logits_V
+
+    def sample(
+        self,
+        prompt_T: Sequence[int],
+        k: int,
+        sampling: Sampling = GREEDY,
+        *,
+        new_tokens: int,
+        on_token: OnToken | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Trajectory]:
+        """Return k continuations of one prompt; see ``qad.runtimes.Session.sample``.
+
+        Raises:
+            UserError: The prompt fills the model's context.
+        """
+        words = check_request(k, new_tokens, stop)
+        began = time.perf_counter()
+        room = self._context - len(prompt_T)
+        if room < 1:
+            raise UserError(
+                f"a prompt of {len(prompt_T)} tokens leaves no room in the model's context of {self._context}: "
+                "shorten it"
+            )
+        self._work = Work()
+        rows, logits_V = self._rows(prompt_T, k, len(prompt_T) + min(new_tokens, room), self._work)
+        request = Request(
+            k=k,
+            sampling=sampling,
+            new_tokens=new_tokens,
+            on_token=on_token,
+            stop=words,
+            prompt_tokens=len(prompt_T),
+            room=room,
+            ends=self._ends.__contains__,
+            text=lambda: TokenizerText(self._tokenizer),
+            began=began,
+        )
+        return sample_rows(request, rows, logits_V)
 
     def __enter__(self) -> Self:
         return self

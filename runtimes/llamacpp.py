@@ -1,178 +1,109 @@
 """llama.cpp on GGUF files, through the low-level functions of llama-cpp-python.
 
 The library's ``Llama`` class is left aside: it keeps one sequence, copies logits per token and decides on its own
-about contexts and templates. A context here is made when a sequence needs it and as large as it needs, because its
-key-value memory is claimed at once.
+about contexts and templates. Trajectories are sequences of one context: the prompt is run once, its cells belong to
+all of them, and a step is one call with a token of each that is still going.
 
-Shapes: B batch, T tokens, V vocabulary, R rows of logits.
+Shapes: B batch, T tokens, V vocabulary, K trajectories, R rows of logits.
 """
 
-import codecs
-import collections
-import ctypes
-import functools
-import importlib.util
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qad.errors import UserError
 from qad.gguf_check import check_gguf
-from qad.runtimes import GREEDY, Ending, Piece, Sampling, _cores, choose
+from qad.runtimes import GREEDY, Ending, OnToken, Piece, Sampling, Step, Trajectory, Work, _cores, choose
+from qad.runtimes._llama_api import available, library
+from qad.runtimes._llama_context import BATCH, LlamaContext, Options
+from qad.runtimes._llama_model import LlamaModel, LlamaText
+from qad.runtimes._trajectories import Request, check_request, sample_rows
+
+__all__ = ["FORMATS", "LlamaSession", "available", "open"]
 
 FORMATS = ("gguf",)
 
-# Tokens of one decode call: enough for full matrix products, and their logits stay near 300 MB for the largest
-# vocabularies.
-_BATCH = 512
-_CONTEXT_STEP = 256
-_INSTALL = "pip install llama-cpp-python (it compiles C++: a compiler, cmake and make are needed)"
 
+class _SharedRows:
+    """K sequences of a context that share the cells of a prompt. Satisfies ``qad.runtimes._trajectories.Rows``."""
 
-def available() -> str | None:
-    """Return None if llama.cpp can run here, else the reason and the remedy."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        return f"llama-cpp-python is not installed: {_INSTALL}"
-    try:
-        import llama_cpp  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"llama-cpp-python cannot be loaded ({error}): reinstall it with {_INSTALL}"
-    return None
+    def __init__(self, context: LlamaContext, prompt: int, k: int, work: Work) -> None:
+        self._context = context
+        self._prompt = prompt
+        self._made = dict.fromkeys(range(k), 0)
+        self._used = prompt
+        self._work = work
+        for row in range(1, k):
+            context.share(row)
 
+    def advance(self, rows: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append a token to each of some rows, and return the logits after it, [R, V], valid until the next call."""
+        began = time.perf_counter()
+        logits_RV = self._context.step(rows, tokens, [self._prompt + self._made[row] for row in rows])
+        self._work.decode_seconds += time.perf_counter() - began
+        self._work.calls += 1
+        self._work.new_tokens += len(rows)
+        self._used += len(rows)
+        for row in rows:
+            self._made[row] += 1
+        return logits_RV
 
-@functools.cache
-def _library() -> Any:
-    """Return the bindings, initialized once, with their log kept silent.
+    def has_room(self, rows: int) -> bool:
+        """Return whether that many rows can take one more token each."""
+        return self._used + rows <= self._context.cells
 
-    Typed as Any: the bindings take ctypes values that their annotations do not describe.
-    """
-    reason = available()
-    if reason is not None:
-        raise UserError(reason)
-    import llama_cpp
+    def drop(self, row: int) -> None:
+        """Free a row's cells. Those of the prompt stay with sequence 0, for a prompt that begins with the same."""
+        made = self._made.pop(row)
+        self._context.cut(row, -1 if row else self._prompt)
+        self._used -= made
 
-    llama_cpp.llama_log_set(_log_callback(), ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    return llama_cpp
-
-
-@functools.cache
-def _log_lines() -> collections.deque[str]:
-    """Return the latest lines that llama.cpp logged, kept to explain a failure."""
-    return collections.deque(maxlen=200)
-
-
-@functools.cache
-def _log_callback() -> Any:
-    """Return the function that llama.cpp logs to. Cached, because C keeps a bare pointer to it."""
-    import llama_cpp
-
-    @llama_cpp.llama_log_callback
-    def keep(_level: int, text: bytes, _data: Any) -> None:
-        _log_lines().append(text.decode("utf-8", errors="replace"))
-
-    return keep
-
-
-def quiet() -> None:
-    """Keep llama.cpp's log from the terminal; ``last_failure`` tells what is in it.
-
-    Raises:
-        UserError: llama.cpp is not available.
-    """
-    _library()
-    _log_lines().clear()
-
-
-def last_failure() -> str:
-    """Return the lines of llama.cpp's log that tell why something failed."""
-    lines = "".join(_log_lines()).splitlines()
-    telling = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
-    return "; ".join(dict.fromkeys(line.strip() for line in (telling or lines)[-3:])) or "it gave no reason"
+    def close(self) -> None:
+        """Free the rows that are left."""
+        for row in list(self._made):
+            self.drop(row)
 
 
 class LlamaSession:
     """A GGUF model in llama.cpp. Satisfies ``qad.runtimes.Session``."""
 
-    def __init__(self, path: Path, *, on_gpu: bool, threads: int) -> None:
-        self._library = _library()
-        self._threads = threads
+    def __init__(self, path: Path, options: Options, gpu_layers: int) -> None:
         self._path = path
-        self._context: Any = None
-        self._context_tokens = 0
         self._uses = 0
-        self._model: Any = None
-        quiet()
-        settings = self._library.llama_model_default_params()
-        settings.n_gpu_layers = -1 if on_gpu else 0
-        self._model = self._library.llama_model_load_from_file(str(path).encode(), settings)
-        if not self._model:
-            raise UserError(f"llama.cpp cannot load {path}: {last_failure()}")
-        self._vocabulary = self._library.llama_model_get_vocab(self._model)
-        self._trained_context = int(self._library.llama_model_n_ctx_train(self._model))
+        self._work = Work()
+        self._model = LlamaModel(path, gpu_layers)
+        self._context = LlamaContext(self._model, options)
 
     @property
     def vocabulary(self) -> int:
         """Number of logits per position."""
-        return int(self._library.llama_vocab_n_tokens(self._vocabulary))
+        return self._model.vocabulary
+
+    @property
+    def work(self) -> Work:
+        """What the latest call of ``sample`` cost; while one runs, what it has cost so far."""
+        return self._work
 
     def metadata(self, key: str) -> str | None:
         """Return a text or number of the file's metadata as text, None if it is absent."""
-        size = 1024
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            length = self._library.llama_model_meta_val_str(self._model, key.encode(), buffer, size)
-            if length < 0:
-                return None
-            if length < size:
-                return buffer.value.decode("utf-8", errors="replace")
-            size = length + 1
+        return self._model.metadata(key)
 
     def tokenize(self, text: str) -> list[int]:
         """Return a text's tokens: special tokens in it are recognized, none is added around it."""
-        return self._tokenize(text, add_special=False)
-
-    def _tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        data = text.encode()
-        room = len(data) + 8
-        buffer = (self._library.llama_token * room)()
-        count = self._library.llama_tokenize(self._vocabulary, data, len(data), buffer, room, add_special, True)
-        assert count >= 0, count
-        return list(buffer[:count])
+        return self._model.tokenize(text)
 
     def first_token(self) -> int | None:
         """Return the token that the model expects before a text, None if it expects none."""
-        if not self._library.llama_vocab_get_add_bos(self._vocabulary):
-            return None
-        return int(self._library.llama_vocab_bos(self._vocabulary))
-
-    @functools.cached_property
-    def _prefixes(self) -> bool:
-        """Whether the tokenizer puts a space before a text, which is not shown then."""
-        kind, prefix = self.metadata("tokenizer.ggml.model"), self.metadata("tokenizer.ggml.add_space_prefix")
-        return kind == "llama" and prefix != "false"
-
-    def _piece(self, token: int, *, special: bool, first: bool = False) -> bytes:
-        """Return a token's bytes, which may be a part of a character; ``first``: it begins a text."""
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            length = self._library.llama_token_to_piece(
-                self._vocabulary, token, buffer, size, int(first and self._prefixes), special
-            )
-            if length >= 0:
-                return buffer.raw[:length]
-            size = -length
+        return self._model.first_token()
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
-        pieces = (self._piece(token, special=True, first=index == 0) for index, token in enumerate(tokens))
-        return b"".join(pieces).decode("utf-8", errors="replace")
+        return self._model.detokenize(tokens)
 
     def chat_prompt(self, text: str) -> list[int]:
         """Return the tokens of one user message under the file's chat template; plain tokens if it has none.
@@ -180,72 +111,24 @@ class LlamaSession:
         Raises:
             UserError: The template cannot be rendered.
         """
-        template = self.metadata("tokenizer.chat_template")
-        if template is None:
-            return self._tokenize(text, add_special=True)
-        from jinja2 import TemplateError
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+        return self._model.chat_prompt(text)
 
-        bos, eos = (
-            self._piece(token, special=True).decode("utf-8", errors="replace") if token >= 0 else ""
-            for token in (
-                self._library.llama_vocab_bos(self._vocabulary),
-                self._library.llama_vocab_eos(self._vocabulary),
-            )
-        )
-        try:
-            formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
-            rendered = formatter(messages=[{"role": "user", "content": text}]).prompt
-        except (TemplateError, ValueError, TypeError) as error:
-            raise UserError(f"the chat template in {self._path} cannot be rendered: {error}") from error
-        # Some templates begin with the first token themselves; a second one would change every answer.
-        return self._tokenize(rendered, add_special=not (bos and rendered.startswith(bos)))
+    def state_bytes(self) -> int:
+        """Return the bytes that llama.cpp would write to save its state: the cells in use, and a little beside them."""
+        return self._context.state_bytes()
 
     def _prepare(self, tokens: int) -> None:
         """Make an empty context for that many tokens.
 
         Raises:
-            UserError: More than the model was trained for, or no memory.
+            UserError: More than the model was trained for or the session's context holds, or no memory.
         """
-        if tokens > self._trained_context:
-            raise UserError(f"{tokens} tokens do not fit the model's context of {self._trained_context}: ask for fewer")
-        if tokens > self._context_tokens:
-            self._free_context()
-            settings = self._library.llama_context_default_params()
-            size = -(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP
-            settings.n_ctx = size
-            settings.n_batch = settings.n_ubatch = min(_BATCH, size)
-            settings.n_threads = settings.n_threads_batch = self._threads
-            settings.no_perf = True
-            quiet()
-            self._context = self._library.llama_init_from_model(self._model, settings)
-            if not self._context:
-                raise UserError(f"llama.cpp cannot make a context of {size} tokens for {self._path}: {last_failure()}")
-            self._context_tokens = size
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        limit = min(self._model.trained_context, self._context.most_cells(tokens))
+        if tokens > limit:
+            raise UserError(f"{tokens} tokens do not fit the model's context of {limit}: ask for fewer")
+        self._context.clear()
+        self._context.prepare(tokens, 1)
         self._uses += 1
-
-    def _decode(self, tokens_T: NDArray[np.int32], start: int, *, every: bool) -> NDArray[np.float32]:
-        """Run tokens after those already in the context; return logits [R, V] of each one or of the last."""
-        count = len(tokens_T)
-        batch = self._library.llama_batch_init(count, 0, 1)
-        try:
-            batch.n_tokens = count
-            for index in range(count):
-                batch.token[index] = int(tokens_T[index])
-                batch.pos[index] = start + index
-                batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = 0
-                batch.logits[index] = every or index == count - 1
-            status = self._library.llama_decode(self._context, batch)
-        finally:
-            self._library.llama_batch_free(batch)
-        if status != 0:
-            raise RuntimeError(f"llama_decode returned {status} on {self._path}: {last_failure()}")
-        rows = count if every else 1
-        pointer = self._library.llama_get_logits(self._context)
-        # A copy: the buffer belongs to the context and is overwritten by the next call.
-        return np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary)).copy()
 
     def _check(self, tokens: NDArray[np.int32]) -> None:
         assert tokens.size, "no tokens"
@@ -261,9 +144,9 @@ class LlamaSession:
         out = np.empty((batch, length, self.vocabulary), dtype=np.float32)
         for row in range(batch):
             self._prepare(length)
-            for start in range(0, length, _BATCH):
-                end = min(start + _BATCH, length)
-                out[row, start:end] = self._decode(tokens[row, start:end], start, every=True)
+            for start in range(0, length, BATCH):
+                end = min(start + BATCH, length)
+                out[row, start:end] = self._context.run(tokens[row, start:end], start, every=True)
         return out
 
     def stream(self, prompt_T: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[Piece]:
@@ -275,44 +158,120 @@ class LlamaSession:
         prompt = np.asarray(prompt_T, dtype=np.int32)
         self._check(prompt)
         generator = np.random.default_rng(sampling.seed)
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = LlamaText(self._model)
         self._prepare(len(prompt) + new_tokens)
         use = self._uses
         began = time.perf_counter()
-        logits = np.empty(0, dtype=np.float32)
-        for start in range(0, len(prompt), _BATCH):
-            logits = self._decode(prompt[start : start + _BATCH], start, every=False)[0]
+        logits, _ = self._context.read(prompt)
         read = time.perf_counter()
         made = 0
         reason = "length"
         while made < new_tokens:
             token = choose(logits, sampling, generator)
-            if self._library.llama_vocab_is_eog(self._vocabulary, token):
+            if self._model.ends(token):
                 reason = "stop"
                 break
             made += 1
-            yield Piece(text.decode(self._piece(token, special=False, first=made == 1)), token)
+            yield Piece(text.add(token), token)
             if self._uses != use:
                 raise RuntimeError("the session was used for something else before this stream ended")
             if made < new_tokens:
-                position = len(prompt) + made - 1
-                logits = self._decode(np.array([token], dtype=np.int32), position, every=False)[0]
-        rest = text.decode(b"", final=True)
+                logits = self._context.run([token], len(prompt) + made - 1, every=False)[0]
         ending = Ending(reason, len(prompt), made, read - began, time.perf_counter() - read)
-        yield Piece(rest, None, ending)
+        yield Piece(text.end(), None, ending)
 
-    def _free_context(self) -> None:
-        if self._context:
-            self._library.llama_free(self._context)
-        self._context = None
-        self._context_tokens = 0
+    def sample(
+        self,
+        prompt_T: Sequence[int],
+        k: int,
+        sampling: Sampling = GREEDY,
+        *,
+        new_tokens: int,
+        on_token: OnToken | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Trajectory]:
+        """Return k continuations of one prompt; see ``qad.runtimes.Session.sample``.
+
+        The prompt is run once, in pieces of ``BATCH`` tokens, and stays in the cache: what the next call's prompt
+        begins with is not run again. When the context is full, those that are still going end with ``context``; the
+        cells of those that ended before were theirs to use.
+
+        How far a trajectory is the same whatever K is, whatever was dropped beside it, and whether a part of the prompt
+        was in the cache: its random stream and its choice depend on its own logits alone, but llama.cpp computes a call
+        of one row and of several in different kernels, and adds up attention in the order of the cells. The logits
+        agree to rounding (see LOG.md), so that tokens differ only where two are as good as equal. With the same
+        arguments on a session in the same state, every bit repeats.
+
+        Raises:
+            UserError: No room for the prompt and a token of each trajectory, no memory, or k above the limit.
+            RuntimeError: The callback used the session.
+        """
+        words = check_request(k, new_tokens, stop)
+        began = time.perf_counter()
+        prompt = np.asarray(prompt_T, dtype=np.int32)
+        self._check(prompt)
+        room = self._room(len(prompt), k)
+        self._uses += 1
+        use = self._uses
+        self._work = work = Work()
+        self._context.prepare(len(prompt) + k * min(new_tokens, room), k)
+        work.cache_bytes = self._context.cache_bytes
+        logits_V, work.reused_tokens = self._context.read(prompt)
+        work.prompt_tokens = len(prompt) - work.reused_tokens
+        work.prompt_seconds = time.perf_counter() - began
+
+        def watched(step: Step) -> Iterable[int] | None:
+            assert on_token is not None
+            dropped = on_token(step)
+            if self._uses != use:
+                raise RuntimeError("the session was used for something else before its trajectories ended")
+            return dropped
+
+        request = Request(
+            k=k,
+            sampling=sampling,
+            new_tokens=new_tokens,
+            on_token=None if on_token is None else watched,
+            stop=words,
+            prompt_tokens=len(prompt),
+            room=room,
+            ends=self._model.ends,
+            text=lambda: LlamaText(self._model),
+            began=began,
+        )
+        rows = _SharedRows(self._context, len(prompt), k, work)
+        try:
+            return sample_rows(request, rows, logits_V)
+        finally:
+            # What a use in between left in the context is not ours to cut.
+            if self._uses == use:
+                rows.close()
+
+    def _room(self, prompt: int, k: int) -> int:
+        """Return how many tokens a trajectory can have after a prompt.
+
+        Raises:
+            UserError: None, or too many trajectories.
+        """
+        most = self._context.most_sequences()
+        if k > most:
+            raise UserError(f"{k} trajectories are above this session's limit of {most}: ask for {most} at a time")
+        cells = self._context.most_cells(prompt + k)
+        limit = self._model.trained_context
+        if prompt + 1 > limit:
+            raise UserError(f"a prompt of {prompt} tokens leaves no room in the model's context of {limit}: shorten it")
+        if prompt + k > cells:
+            fits = f"{cells - prompt} trajectories fit" if cells > prompt else f"a prompt of {cells - k} tokens fits"
+            raise UserError(
+                f"a prompt of {prompt} tokens and {k} trajectories do not fit a context of {cells}: "
+                f"{fits}, or open the model with a context of {prompt + k} or more"
+            )
+        return limit - prompt
 
     def close(self) -> None:
         """Free the model and its context. May be called twice."""
-        self._free_context()
-        if self._model:
-            self._library.llama_model_free(self._model)
-        self._model = None
+        self._context.close()
+        self._model.close()
 
     def __enter__(self) -> Self:
         return self
@@ -323,21 +282,41 @@ class LlamaSession:
         self.close()
 
 
-def open(path: Path, device: str = "cpu", threads: int | None = None) -> LlamaSession:  # noqa: A001
+def open(  # noqa: A001
+    path: Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    *,
+    context: int | None = None,
+    sequences: int | None = None,
+    kv_type: str = "f16",
+    flash_attention: bool | None = None,
+    gpu_layers: int | None = None,
+) -> LlamaSession:
     """Open a GGUF file.
 
     Args:
         path: The file.
-        device: ``cpu``, or ``gpu`` to put every layer on it where llama.cpp was built for one.
+        device: ``cpu``, or ``gpu`` to put layers on it where llama.cpp was built for one.
         threads: CPU threads; the free physical cores if None.
+        context: Tokens that the cache holds, of all trajectories together, rounded up to 256; if None, as many as each
+            call needs.
+        sequences: Most trajectories at a time; llama.cpp's limit if None.
+        kv_type: Type of the cache: ``f16``, ``q8_0``, ``q4_0``.
+        flash_attention: Whether to use it; llama.cpp's choice if None. A cache that is not f16 needs it.
+        gpu_layers: How many layers the GPU holds, the output counting as one; all if None.
 
     Raises:
-        UserError: llama.cpp is not installed; the file is missing, truncated or damaged, or llama.cpp refuses it.
+        UserError: llama.cpp is not installed; the file is missing, truncated or damaged, or llama.cpp refuses it; an
+            option is impossible.
     """
     check_gguf(path)
     if device not in ("cpu", "gpu"):
         raise UserError(f"unknown device {device!r}: cpu or gpu")
     on_gpu = device == "gpu"
-    if on_gpu and not _library().llama_supports_gpu_offload():
+    if on_gpu and not library().llama_supports_gpu_offload():
         raise UserError("this llama.cpp was built without GPU support: reinstall llama-cpp-python with it, or use cpu")
-    return LlamaSession(path, on_gpu=on_gpu, threads=threads or _cores.free_cores())
+    if gpu_layers is not None and (gpu_layers < 0 or not on_gpu):
+        raise UserError(f"gpu_layers={gpu_layers} is impossible on {device}: 0 or more, with the device gpu")
+    options = Options(context, sequences, kv_type, flash_attention, threads or _cores.free_cores(), on_gpu)
+    return LlamaSession(path, options, (-1 if gpu_layers is None else gpu_layers) if on_gpu else 0)

@@ -6,6 +6,7 @@ another engine computes can be told apart from what was stored.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from qad.artifact import Artifact, open_artifact
 from qad.errors import UserError
 from qad.model import load_model, load_tokenizer
-from qad.runtimes import ARTIFACT, FOLDER, _cores, format_of
+from qad.runtimes import ARTIFACT, FOLDER, Work, _cores, format_of
 from qad.runtimes._session import TokenizerSession
 
 FORMATS = (ARTIFACT, FOLDER)
@@ -57,6 +58,59 @@ def build_model(artifact: Artifact) -> PreTrainedModel:
     return model.eval()
 
 
+class _BatchRows:
+    """K sequences as the rows of one batch, the prompt's cache copied to each. Satisfies ``Rows``.
+
+    Torch's attention wants a batch in one tensor, so that the prompt's keys and values are there K times.
+    """
+
+    def __init__(self, model: Any, cache: Any, k: int, work: Work) -> None:
+        self._model = model
+        self._cache = cache
+        self._live = list(range(k))
+        # What the cache holds: rows are cut out of it once, when the next token is run.
+        self._held = list(range(k))
+        self._work = work
+        if k > 1:
+            cache.batch_repeat_interleave(k)
+        work.cache_bytes = cache_bytes(cache)
+
+    @torch.inference_mode()
+    def advance(self, rows: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append a token to each of some rows, and return the logits after it, [R, V]."""
+        assert list(rows) == self._live, (rows, self._live)
+        began = time.perf_counter()
+        self._cut()
+        ids = torch.tensor(tokens, device=self._model.device).reshape(-1, 1)
+        out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = out.past_key_values
+        logits_RV = out.logits[:, -1].float().cpu().numpy()
+        self._work.decode_seconds += time.perf_counter() - began
+        self._work.new_tokens += len(rows)
+        self._work.calls += 1
+        self._work.cache_bytes = cache_bytes(self._cache)
+        return logits_RV
+
+    def _cut(self) -> None:
+        if self._held != self._live:
+            kept = torch.tensor([self._held.index(row) for row in self._live], device=self._model.device)
+            self._cache.batch_select_indices(kept)
+            self._held = list(self._live)
+
+    def has_room(self, rows: int) -> bool:
+        """Return True: the cache grows as it goes."""
+        return True
+
+    def drop(self, row: int) -> None:
+        """Free a row's cache, when the next token is run."""
+        self._live.remove(row)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes of the keys and values in a cache of transformers."""
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
 class TorchSession(TokenizerSession):
     """A transformers model. Satisfies ``qad.runtimes.Session``."""
 
@@ -85,6 +139,15 @@ class TorchSession(TokenizerSession):
         ids = torch.tensor([list(tokens)], device=self._model.device)
         out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1].float().cpu().numpy(), out.past_key_values
+
+    def _rows(self, prompt_T: Sequence[int], k: int, tokens: int, work: Work) -> tuple[_BatchRows, NDArray[np.float32]]:
+        """Return k rows of one batch at the end of a prompt, which is run once, and the logits [V] there."""
+        began = time.perf_counter()
+        logits_V, cache = self._next(prompt_T, None)
+        rows = _BatchRows(self._model, cache, k, work)
+        work.prompt_tokens = len(prompt_T)
+        work.prompt_seconds = time.perf_counter() - began
+        return rows, logits_V
 
     def close(self) -> None:
         """Free the model. May be called twice."""
