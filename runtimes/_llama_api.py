@@ -8,6 +8,8 @@ from typing import Any
 
 from qad.errors import UserError
 
+# GGML_LOG_LEVEL_DEBUG
+_DEBUG = 1
 _INSTALL = "pip install llama-cpp-python (it compiles C++: a compiler, cmake and make are needed)"
 
 
@@ -49,9 +51,13 @@ def _log_callback() -> Any:
     """Return the function that llama.cpp logs to. Cached, because C keeps a bare pointer to it."""
     import llama_cpp
 
+    lines = _log_lines()
+
     @llama_cpp.llama_log_callback
-    def keep(_level: int, text: bytes, _data: Any) -> None:
-        _log_lines().append(text.decode("utf-8", errors="replace"))
+    def keep(level: int, text: bytes, _data: Any) -> None:
+        # Debugging lines are so many that they would push out what explains a failure.
+        if level != _DEBUG:
+            lines.append(text.decode("utf-8", errors="replace"))
 
     return keep
 

@@ -65,6 +65,7 @@ class LlamaContext:
 
     Attributes:
         cells: How many tokens it holds.
+        tail: How many cells were filled after the held prompt and are free again.
         held: Tokens whose cells sequence 0 begins with, kept for a prompt that begins with the same.
     """
 
@@ -75,6 +76,7 @@ class LlamaContext:
         self._handle: Any = None
         self._sequences = 0
         self.cells = 0
+        self.tail = 0
         self.held: list[int] = []
         self._held_logits_V: NDArray[np.float32] | None = None
         # What a call reads: arrays that stay where they are, so that a call fills them and hands over pointers.
@@ -127,6 +129,18 @@ class LlamaContext:
         """Return how many cells a call that wants some would have: fewer where the context is of a fixed size."""
         fixed = self._options.context
         return cells if fixed is None else -(-fixed // _CONTEXT_STEP) * _CONTEXT_STEP
+
+    def spare(self, prompt: NDArray[np.int32], k: int) -> int:
+        """Return how many cells a call needs beyond its tokens, so that each sequence's lie in the order of its tokens.
+
+        llama.cpp goes on behind the cells that it filled last, unless those that are free before them are more than
+        twice the tokens of a call; at the end of the context it begins anew.
+        """
+        common = self._common(prompt)
+        if not common:
+            return 0
+        most = max(k, min(len(prompt) - common, BATCH))
+        return self.tail if self.tail <= 2 * most else 0
 
     def prepare(self, cells: int, sequences: int) -> None:
         """Make sure that there is memory for that many cells and sequences; the held prompt stays.
@@ -182,6 +196,7 @@ class LlamaContext:
                 f"llama.cpp cannot make a context of {cells} tokens ({cells * self.cell_bytes / 1e9:.2f} GB of type "
                 f"{self._options.kv_type}) for {self._model.path}: {last_failure()}"
             )
+        self.tail = 0
         self.cells, self._sequences = int(api.llama_n_ctx(self._handle)), sequences
         self._memory = api.llama_get_memory(self._handle)
 
@@ -200,6 +215,7 @@ class LlamaContext:
     def clear(self) -> None:
         """Forget every sequence."""
         self.held, self._held_logits_V = [], None
+        self.tail = 0
         if self._handle:
             self._library.llama_memory_clear(self._memory, False)
 
@@ -220,13 +236,18 @@ class LlamaContext:
         self.held, self._held_logits_V = prompt.tolist(), kept_V
         return kept_V, common
 
-    def _keep_common(self, prompt: NDArray[np.int32]) -> int:
-        """Cut sequence 0 to what it shares with the beginning of a prompt, but for the last token, which is run."""
+    def _common(self, prompt: NDArray[np.int32]) -> int:
+        """Return how many tokens a prompt and the held one begin with alike."""
         common = 0
-        for ours, theirs in zip(self.held, prompt[:-1].tolist(), strict=False):
+        for ours, theirs in zip(self.held, prompt.tolist(), strict=False):
             if ours != theirs:
                 break
             common += 1
+        return common
+
+    def _keep_common(self, prompt: NDArray[np.int32]) -> int:
+        """Cut sequence 0 to what it shares with the beginning of a prompt, but for the last token, which is run."""
+        common = min(self._common(prompt), len(prompt) - 1)
         # Until the whole prompt is there, nothing is held: an interrupt may come at any time.
         self.held, self._held_logits_V = [], None
         if common and self.cut(0, common):

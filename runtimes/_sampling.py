@@ -3,7 +3,9 @@
 One pass over the vocabulary per row gives the log-probability of what is chosen; what a rule cuts away is found by
 comparing against a threshold, so that no row of 50 000 logits is ever sorted. Rows are worked on one after another:
 a row and its exponentials fit the second-level cache, a matrix of them does not. A row's choice depends on that row
-and on its own random numbers alone, so that a trajectory is the same whatever runs beside it.
+and on its own random numbers alone, so that a trajectory is the same whatever runs beside it. What a random number
+draws is read off the cumulated probabilities in the order of the vocabulary, and not of likelihood: logits that differ
+in their last bits then draw another token as seldom as can be.
 
 Given up: a rule that has to look at more than one row, or at what was chosen before (penalties).
 
@@ -130,12 +132,17 @@ class Chooser:
             kept = min(kept, int(np.searchsorted(heights, rule.top_p * total * (1 - _ROUNDING))) + 1)
         if rule.min_p:
             kept = min(kept, int(np.searchsorted(-weights, -rule.min_p * weights[0], side="right")))
-        return int(tokens[min(int(np.searchsorted(heights, chance * heights[kept - 1], side="right")), kept - 1)])
+        # In the order of the vocabulary: two tokens that change their ranks would change what a number draws.
+        order = np.argsort(tokens[:kept])
+        heights = np.cumsum(weights[order])
+        return int(tokens[order[min(int(np.searchsorted(heights, chance * heights[-1], side="right")), kept - 1)]])
 
     def _likeliest(self, total: float) -> NDArray[np.intp]:
         """Return tokens from the likeliest on, equals in their order: at least as many as the rule can keep."""
         rule = self._sampling
-        limit = -rule.temperature * math.log(rule.min_p) if rule.min_p else math.inf
+        # The sum of which top_p takes its share is that of all that top_k keeps, those below min_p included.
+        sums_all = rule.top_k and rule.top_p < 1
+        limit = -rule.temperature * math.log(rule.min_p) if rule.min_p and not sums_all else math.inf
         reach = _REACH * rule.temperature
         while True:
             reach = min(reach, limit)

@@ -36,6 +36,7 @@ class _SharedRows:
         self._context = context
         self._prompt = prompt
         self._made = dict.fromkeys(range(k), 0)
+        self._ended: list[int] = []
         self._used = prompt
         self._work = work
         for row in range(1, k):
@@ -55,18 +56,30 @@ class _SharedRows:
 
     def has_room(self, rows: int) -> bool:
         """Return whether that many rows can take one more token each."""
+        if self._used + rows > self._context.cells:
+            self._free()
         return self._used + rows <= self._context.cells
 
     def drop(self, row: int) -> None:
-        """Free a row's cells. Those of the prompt stay with sequence 0, for a prompt that begins with the same."""
-        made = self._made.pop(row)
-        self._context.cut(row, -1 if row else self._prompt)
-        self._used -= made
+        """Leave a row's cells to the others, who take them as soon as there are no untouched ones.
+
+        Not at once: llama.cpp would fill the holes first, the others' cells would no longer lie in the order of their
+        tokens, and attention, which adds them up as they lie, would round otherwise: other rows would notice.
+        """
+        self._ended.append(row)
+
+    def _free(self) -> None:
+        for row in self._ended:
+            # The prompt's cells stay with sequence 0, for a prompt that begins with the same.
+            self._context.cut(row, -1 if row else self._prompt)
+            self._used -= self._made.pop(row)
+        self._ended.clear()
 
     def close(self) -> None:
-        """Free the rows that are left."""
-        for row in list(self._made):
-            self.drop(row)
+        """Free every row."""
+        self._context.tail = sum(self._made.values())
+        self._ended = list(self._made)
+        self._free()
 
 
 class LlamaSession:
@@ -193,14 +206,17 @@ class LlamaSession:
         """Return k continuations of one prompt; see ``qad.runtimes.Session.sample``.
 
         The prompt is run once, in pieces of ``BATCH`` tokens, and stays in the cache: what the next call's prompt
-        begins with is not run again. When the context is full, those that are still going end with ``context``; the
-        cells of those that ended before were theirs to use.
+        begins with is not run again. When the context is full, those that have ended leave their cells to the others;
+        when that is not enough, those that are still going end with ``context``.
 
-        How far a trajectory is the same whatever K is, whatever was dropped beside it, and whether a part of the prompt
-        was in the cache: its random stream and its choice depend on its own logits alone, but llama.cpp computes a call
-        of one row and of several in different kernels, and adds up attention in the order of the cells. The logits
-        agree to rounding (see LOG.md), so that tokens differ only where two are as good as equal. With the same
-        arguments on a session in the same state, every bit repeats.
+        How far a trajectory is the same whatever K is and whatever was dropped beside it: its random stream and its
+        choice depend on its own logits alone, and on a CPU llama.cpp gave these the same bits for every K and after
+        every drop, as long as the context had room for all that was asked for (one that is made for the call has).
+        Two things change bits: a context of a fixed size in which ended trajectories had to make room; and a prompt of
+        which a part was in the cache, because llama.cpp computes a few tokens and many in different kernels.
+        Activations are rounded to 8 bits, so that such a bit may grow to a KL divergence near 1e-3, and a sampled
+        answer may then go another way. A call that is repeated finds its whole prompt in the cache, and repeats every
+        bit.
 
         Raises:
             UserError: No room for the prompt and a token of each trajectory, no memory, or k above the limit.
@@ -214,7 +230,7 @@ class LlamaSession:
         self._uses += 1
         use = self._uses
         self._work = work = Work()
-        self._context.prepare(len(prompt) + k * min(new_tokens, room), k)
+        self._context.prepare(len(prompt) + k * min(new_tokens, room) + self._context.spare(prompt, k), k)
         work.cache_bytes = self._context.cache_bytes
         logits_V, work.reused_tokens = self._context.read(prompt)
         work.prompt_tokens = len(prompt) - work.reused_tokens

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qad import export
 from qad.errors import UserError
-from qad.runtimes import GREEDY, Sampling, Session, Step, get, llamacpp, reference
+from qad.runtimes import GREEDY, Sampling, Session, Step, Trajectory, get, llamacpp, reference
 from qad.runtimes._llama_api import _log_lines
 from qad.runtimes._sampling import Chooser
 from qad.verify import log_softmax
@@ -73,6 +73,8 @@ def test_a_trajectory_does_not_depend_on_k(session: Session) -> None:
     many = session.sample(PROMPT, 8, HOT, new_tokens=20)
     few = session.sample(PROMPT, 3, HOT, new_tokens=20)
     assert [one.tokens for one in many[:3]] == [one.tokens for one in few]
+    if isinstance(session, llamacpp.LlamaSession):
+        assert [one.logprobs for one in many[:3]] == [one.logprobs for one in few]
     assert len({tuple(one.tokens) for one in many}) > 6
     again = session.sample(PROMPT, 8, HOT, new_tokens=20)
     assert [(one.tokens, one.logprobs) for one in many] == [(one.tokens, one.logprobs) for one in again]
@@ -100,17 +102,22 @@ def test_text_and_steps(session: Session) -> None:
         assert [step.token for step in steps] == [*one.tokens, None]
         assert [step.logprob for step in steps[:-1]] == one.logprobs
         assert [step.reason for step in steps] == [None] * len(one.tokens) + [one.reason]
-        special = set(make_tokenizer("smollm").all_special_ids)
-        assert one.text == session.detokenize([token for token in one.tokens if token not in special])
+        # The tiny tokenizer's special tokens are its first three.
+        assert one.text == session.detokenize([token for token in one.tokens if token > 2])
 
 
 def test_an_answer_that_the_model_ends(session: Session) -> None:
     end = make_tokenizer("smollm").eos_token_id
-    ended = session.sample(PROMPT, 16, Sampling(temperature=3.0, seed=1), new_tokens=100)
-    assert {one.reason for one in ended} >= {"stop"}
+    # A random model ends an answer by chance: some seed among these does.
+    for seed in range(20):
+        ended = session.sample(PROMPT, 16, Sampling(temperature=3.0, seed=seed), new_tokens=40)
+        if any(one.reason == "stop" for one in ended):
+            break
+    else:
+        pytest.fail("no answer ended")
     for one in ended:
         assert end not in one.tokens
-        assert (one.reason == "stop") == (len(one.tokens) < 100)
+        assert (one.reason == "stop") == (len(one.tokens) < 40)
 
 
 def test_stop_texts(session: Session) -> None:
@@ -134,25 +141,33 @@ def test_stop_texts(session: Session) -> None:
 
 
 def test_dropping(session: Session) -> None:
-    alone = session.sample(PROMPT, 6, HOT, new_tokens=24)
+    alone = session.sample(PROMPT, 8, HOT, new_tokens=24)
     full = session.work.new_tokens
-    seen: dict[int, int] = dict.fromkeys(range(6), 0)
+    first, trigger, last = [one.index for one in alone if len(one.tokens) > 12][:3]
+    seen: dict[int, int] = dict.fromkeys(range(8), 0)
 
     def drop_two(step: Step) -> list[int] | None:
         if step.token is not None:
             seen[step.index] += 1
-        return [0, 4] if seen[step.index] == 8 and step.index == 2 else None
+        return [first, last] if step.index == trigger and seen[trigger] == 8 else None
 
-    dropped = session.sample(PROMPT, 6, HOT, new_tokens=24, on_token=drop_two)
-    assert [one.reason for one in dropped if one.index in (0, 4)] == ["dropped", "dropped"]
-    # Trajectory 0 had its eighth token before 2 dropped it; 4 did not get its.
-    assert dropped[0].tokens == alone[0].tokens[:8]
-    assert dropped[4].tokens == alone[4].tokens[:7]
-    assert seen[4] == 7
-    for index in (1, 2, 3, 5):
+    dropped = session.sample(PROMPT, 8, HOT, new_tokens=24, on_token=drop_two)
+    assert [one.index for one in dropped if one.reason == "dropped"] == [first, last]
+    # The first had its eighth token before it was dropped; the last did not get its.
+    assert dropped[first].tokens == alone[first].tokens[:8]
+    assert dropped[last].tokens == alone[last].tokens[:7]
+    assert seen[last] == 7
+
+    def run(one: Trajectory) -> int:
+        return len(one.tokens) - (one.reason == "length")
+
+    assert session.work.new_tokens == full - run(alone[first]) - run(alone[last]) + 14
+    for index in set(range(8)) - {first, last}:
         assert dropped[index].tokens == alone[index].tokens
-        np.testing.assert_allclose(dropped[index].logprobs, alone[index].logprobs, atol=0.02)
-    assert session.work.new_tokens <= full - 2 * (min(len(alone[0].tokens), len(alone[4].tokens)) - 9)
+        assert dropped[index].reason == alone[index].reason
+        # The same bits in llama.cpp; torch's products differ in the last ones with the rows of a batch.
+        atol = 0 if isinstance(session, llamacpp.LlamaSession) else 1e-4
+        np.testing.assert_allclose(dropped[index].logprobs, alone[index].logprobs, rtol=0, atol=atol)
 
     stopped = session.sample(PROMPT, 6, HOT, new_tokens=24, on_token=lambda step: range(6))
     assert {one.reason for one in stopped} == {"dropped"}
@@ -216,22 +231,24 @@ def test_a_common_beginning_is_kept(llama: llamacpp.LlamaSession) -> None:
     first = llama.sample(beginning, 4, HOT, new_tokens=10)
     # The context grows here: the kept cells move along.
     longer = [*beginning, *first[0].tokens, 70, 71]
-    second = llama.sample(longer, 8, HOT, new_tokens=40)
+    llama.sample(longer, 8, HOT, new_tokens=40)
     assert (llama.work.reused_tokens, llama.work.prompt_tokens) == (300, len(first[0].tokens) + 2)
     branch = [*beginning[:120], 90, 91]
-    third = llama.sample(branch, 2, HOT, new_tokens=10)
+    llama.sample(branch, 2, HOT, new_tokens=10)
     assert (llama.work.reused_tokens, llama.work.prompt_tokens) == (120, 2)
     llama.sample(branch, 2, HOT, new_tokens=10)
     assert (llama.work.reused_tokens, llama.work.prompt_tokens) == (122, 0)
-    # What was reused stands for what would have been run: fresh sessions agree on the first token's probability.
-    for prompt, wanted in ((longer, second), (branch, third)):
-        llama.logits([[1, 2, 3]])
-        fresh = llama.sample(prompt, len(wanted), HOT, new_tokens=1)
-        assert llama.work.reused_tokens == 0
-        same = [(one, two) for one, two in zip(fresh, wanted, strict=True) if one.tokens == two.tokens[:1]]
-        assert len(same) >= len(wanted) - 1
-        for one, two in same:
-            assert abs(one.logprobs[0] - two.logprobs[0]) < 0.1
+    # What was reused stands for what would have been run: the logits after the prompt are those of a fresh context.
+    for prompt in (longer, branch):
+        tokens = np.array(prompt, dtype=np.int32)
+        llama.sample(beginning, 2, new_tokens=3)
+        reused, common = llama._context.read(tokens)
+        assert common >= 120
+        llama._context.clear()
+        fresh, common = llama._context.read(tokens)
+        assert common == 0
+        kept, new = (log_softmax(one[None])[0] for one in (reused, fresh))
+        assert abs(float((np.exp(new) * (new - kept)).sum())) < 1e-2
 
 
 def claimed_bytes() -> int:
@@ -247,25 +264,21 @@ def test_memory_of_trajectories(kind: str, value_bytes: float, model: tuple[Path
     used: list[int] = []
     with llamacpp.open(model[1], threads=1, kv_type=kind) as session:
 
-        def watch(step: Step) -> list[int] | None:
-            if step.index == k - 1 and step.token is not None:
+        def watch(step: Step) -> None:
+            if session.work.calls == len(used):
                 used.append(session.state_bytes())
-            return [0, 1, 2, 3] if len(used) == new - 2 else None
 
-        hot = Sampling(temperature=0.5, seed=1)
-        trajectories = session.sample(prompt, k, hot, new_tokens=new, on_token=watch)
-        assert sum(one.reason == "dropped" for one in trajectories) >= 3
-        assert len(trajectories[-1].tokens) == new, "another seed: the watched one ended early"
-        assert min(len(one.tokens) for one in trajectories) >= new - 2, "another seed: one ended early"
+        trajectories = session.sample(prompt, k, Sampling(temperature=1.0, seed=2), new_tokens=new, on_token=watch)
         cell = CELL_VALUES * value_bytes
         assert session.work.cache_bytes == (256 + k * new) * cell
         assert abs(claimed_bytes() - session.work.cache_bytes) < 0.01 * session.work.cache_bytes
-        # In use: the prompt once, and of each trajectory all tokens but the newest. Over the time that it grew:
-        grown = used[new - 3] - used[0]
-        assert abs(grown - k * (new - 3) * cell) < 0.05 * grown
-        assert abs(used[new - 3] - (256 + k * (new - 3)) * cell) < 0.05 * used[new - 3]
-        # Four dropped: theirs is free at once.
-        assert abs(used[new - 1] - (256 + 4 * (new - 1)) * cell) < 0.05 * used[new - 1]
+        # In use: the prompt once, and of each trajectory all tokens but the newest.
+        assert len(used) > 40, "another seed: all ended early"
+        for done, measured in enumerate(used):
+            wanted = (256 + sum(min(done, len(one.tokens)) for one in trajectories)) * cell
+            assert abs(measured - wanted) < 0.05 * wanted
+        session.sample([5, *prompt], 1, new_tokens=1)
+        assert abs(session.state_bytes() - 257 * cell) < 0.05 * used[0]
 
 
 @needs_llama
@@ -350,10 +363,8 @@ def plain_choice(logits: NDArray[np.float32], rule: Sampling, chance: float) -> 
     before = np.cumsum(weights) - weights
     weights[before >= rule.top_p] = 0
     weights[weights < rule.min_p * weights[0]] = 0
-    if rule.top_p == 1 and not rule.top_k and not rule.min_p:
-        order, weights = np.arange(len(logits)), weights[np.argsort(order)]
-    heights = np.cumsum(weights / weights.sum())
-    return int(order[min(np.searchsorted(heights, chance, side="right"), len(order) - 1)])
+    heights = np.cumsum(weights[np.argsort(order)])
+    return int(np.searchsorted(heights, chance * heights[-1], side="right"))
 
 
 class Chance:
@@ -373,7 +384,7 @@ RULES: dict[str, Callable[[float], Sampling]] = {
     "top_p": lambda t: Sampling(t, top_p=0.9),
     "tight top_p": lambda t: Sampling(t, top_p=0.05),
     "min_p": lambda t: Sampling(t, min_p=0.03),
-    "everything": lambda t: Sampling(t, top_k=500, top_p=0.97, min_p=0.001),
+    "everything": lambda t: Sampling(t, top_k=500, top_p=0.9701, min_p=0.001),
 }
 
 
