@@ -2,6 +2,7 @@
 
 import codecs
 import ctypes
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class LlamaModel:
         self._vocabulary = self._library.llama_model_get_vocab(self.handle)
         self.vocabulary = int(self._library.llama_vocab_n_tokens(self._vocabulary))
         self.trained_context = int(self._library.llama_model_n_ctx_train(self.handle))
-        self._pieces: dict[int, bytes] = {}
+        self._pieces: dict[tuple[int, bool], bytes] = {}
 
     def cell_values(self) -> int:
         """Return how many numbers the keys and values of one token are."""
@@ -80,24 +81,39 @@ class LlamaModel:
         """Return whether a token ends an answer."""
         return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
 
-    def piece(self, token: int) -> bytes:
-        """Return a token's bytes, which may be a part of a character; none of a special token."""
-        if token not in self._pieces:
-            self._pieces[token] = self._piece(token, special=False)
-        return self._pieces[token]
+    @functools.cached_property
+    def _prefixes(self) -> bool:
+        """Whether the tokenizer puts a space before a text, which is not shown then."""
+        kind, prefix = self.metadata("tokenizer.ggml.model"), self.metadata("tokenizer.ggml.add_space_prefix")
+        return kind == "llama" and prefix != "false"
 
-    def _piece(self, token: int, *, special: bool) -> bytes:
+    def piece(self, token: int, *, first: bool) -> bytes:
+        """Return a token's bytes, which may be a part of a character; none of a special token.
+
+        Args:
+            token: The token.
+            first: It begins a text.
+        """
+        key = token, first
+        if key not in self._pieces:
+            self._pieces[key] = self._piece(token, special=False, first=first)
+        return self._pieces[key]
+
+    def _piece(self, token: int, *, special: bool, first: bool = False) -> bytes:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length = self._library.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, special)
+            length = self._library.llama_token_to_piece(
+                self._vocabulary, token, buffer, size, int(first and self._prefixes), special
+            )
             if length >= 0:
                 return buffer.raw[:length]
             size = -length
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
-        return b"".join(self._piece(token, special=True) for token in tokens).decode("utf-8", errors="replace")
+        pieces = (self._piece(token, special=True, first=index == 0) for index, token in enumerate(tokens))
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def chat_prompt(self, text: str) -> list[int]:
         """Return the tokens of one user message under the file's chat template; plain tokens if it has none.
@@ -138,11 +154,13 @@ class LlamaText:
 
     def __init__(self, model: LlamaModel) -> None:
         self._model = model
+        self._first = True
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
         """Return what is complete with this token and was not before."""
-        return self._decoder.decode(self._model.piece(token))
+        first, self._first = self._first, False
+        return self._decoder.decode(self._model.piece(token, first=first))
 
     def end(self) -> str:
         """Return what is left, complete or not."""
