@@ -192,7 +192,10 @@ def exporter_for(path: Path) -> Exporter:
         if exporter.recognizes(path):
             return exporter
     endings = ", ".join(sorted(exporter.SUFFIX for exporter in exporters if exporter.SUFFIX.startswith(".")))
-    raise UserError(f"{path} has none of the known endings: {endings}; nor is it a GPTQ folder with its configuration")
+    raise UserError(
+        f"{path} has none of the known endings: {endings}; nor is it a GPTQ folder with its configuration "
+        "or an ONNX folder with its model.onnx"
+    )
 
 
 def formats_that_carry(artifact: Artifact) -> list[str]:

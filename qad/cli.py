@@ -310,11 +310,27 @@ def export(
             "--requantize", help="Round again where a format does not carry the trained grid. Not the trained weights."
         ),
     ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", help="Of an ONNX folder: cpu (a graph in float32) or cuda (in fp16).", show_default="cpu"
+        ),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(
+            help="Of an ONNX folder on the CPU: 1 computes in float32, 4 rounds inputs of products to 8 bits and is "
+            "fast. The weights are the same.",
+            show_default="4",
+        ),
+    ] = None,
 ) -> None:
     """Pack a run's codes and scales into files for runtimes, without touching a value."""
     from qad.deliver import export_command
 
-    export_command(run, format, output, requantize)
+    onnx = {"target": target, "accuracy_level": accuracy_level}
+    onnx = {name: value for name, value in onnx.items() if value is not None}
+    export_command(run, format, output, requantize, onnx)
 
 
 @app.command()

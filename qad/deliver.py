@@ -162,11 +162,15 @@ def _jobs(
     return jobs
 
 
-def _write(job: Job, on_progress: OnProgress) -> Mapping[str, Rounding]:
-    return job.exporter.write(job.artifact, job.target, on_progress)
+def _write(job: Job, on_progress: OnProgress, options: Mapping[str, Any]) -> Mapping[str, Rounding]:
+    # Typed as Any: what is beyond the protocol belongs to one format.
+    write: Any = job.exporter.write
+    return write(job.artifact, job.target, on_progress, **options)
 
 
-def export_command(run: Path, formats: str, output: Path | None, requantize: bool) -> None:
+def export_command(
+    run: Path, formats: str, output: Path | None, requantize: bool, onnx: Mapping[str, Any] | None = None
+) -> None:
     """Export a run.
 
     Args:
@@ -174,13 +178,16 @@ def export_command(run: Path, formats: str, output: Path | None, requantize: boo
         formats: Names of formats, with commas.
         output: File or folder of a single format, or the folder in which several are put; in the run folder if None.
         requantize: Round again to the nearest grid where a format does not carry the trained one.
+        onnx: Options of the ONNX folder: ``target``, ``accuracy_level``.
 
     Raises:
-        UserError: Bad names, a format that cannot carry the run, or a place that cannot be written. Of several
+        UserError: Bad names or options, a format that cannot carry the run, or a place that cannot be written. Of several
             formats, those before it are then written and whole.
     """
     console = Console()
     names = parse_formats(formats)
+    if onnx and "onnx" not in names:
+        raise UserError("--target and --accuracy-level are options of --format onnx")
     artifact = open_artifact(run)
     several = len(names) > 1
     if several and output is not None and output.exists() and not output.is_dir():
@@ -196,7 +203,9 @@ def export_command(run: Path, formats: str, output: Path | None, requantize: boo
                 # Shown with its first byte: an error before that must not leave an empty bar behind.
                 task = progress.add_task(f"writing {job.target.name}", total=None, visible=False)
                 rounded = _write(
-                    job, lambda done, total, task=task: progress.update(task, completed=done, total=total, visible=True)
+                    job,
+                    lambda done, total, task=task: progress.update(task, completed=done, total=total, visible=True),
+                    (onnx or {}) if job.format == "onnx" else {},
                 )
                 _tell(progress.console, job, rounded)
                 if manifest is not None:

@@ -641,10 +641,20 @@ def qad(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_export_and_run_by_command(tmp_path: Path) -> None:
     make_artifact(tmp_path, "llama-untied")
     folder = tmp_path / "student-onnx"
-    done = qad("export", tmp_path, "--format", "onnx")
+    refused = qad("export", tmp_path, "--format", "gguf", "--accuracy-level", "1")
+    assert refused.returncode == 2
+    assert "options of --format onnx" in refused.stderr
+    done = qad("export", tmp_path, "--format", "onnx", "--accuracy-level", "1")
     assert done.returncode == 0, done.stderr
     assert str(folder) in done.stdout
     assert "Reading layer" not in done.stdout + done.stderr
+    levels = {
+        attribute.i
+        for node in read_model(folder).graph.node
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    }
+    assert levels == {1}
     asked = qad("run", folder, "How many apples?", "--new-tokens", "5", "--threads", "1")
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.strip()
