@@ -53,8 +53,8 @@ class Architecture:
         activation: Key of the feed-forward's activation in ``config.json``, and its value.
         permutes_qk: Whether GGUF stores the rows of q and k (weights and biases) in pairs of rotated halves.
         biases: Modules of a layer that may carry a bias.
-        norm_offset: What the model adds to a norm's weight before it multiplies. GGUF and ONNX store the sum, which is
-            what is computed with.
+        norm_offset: What the model adds to a norm's weight before it multiplies. GGUF stores the sum, which is what is
+            computed with; ONNX the weight, and adds.
         windows: Which layers attend within ``sliding_window`` only: ``none``, ``all``, or ``typed``, those that
             ``layer_types`` calls so.
         gguf_windows: Whether llama.cpp computes such windows. Where it does not, a GGUF file is for contexts no longer
