@@ -181,8 +181,8 @@ def export_command(
         onnx: Options of the ONNX folder: ``target``, ``accuracy_level``.
 
     Raises:
-        UserError: Bad names or options, a format that cannot carry the run, or a place that cannot be written. Of several
-            formats, those before it are then written and whole.
+        UserError: Bad names or options, a format that cannot carry the run, or a place that cannot be written. Of
+            several formats, those before it are then written and whole.
     """
     console = Console()
     names = parse_formats(formats)

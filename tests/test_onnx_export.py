@@ -363,14 +363,14 @@ def test_one_flipped_bit(name: str, byte: int, differing: int, fresh: Exported) 
 def test_verify_says_what_is_wrong(fresh: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     artifact, folder = fresh("llama-untied")
     run = artifact.folder.parent
-    assert verify_command(run, folder, threads=1) == 0
+    assert verify_command(run, [folder], threads=1) == 0
     out = capsys.readouterr().out
     assert "bit-exact: 16 of 16 tensors" in out
     assert "kept in float32: 5 of 5 tensors equal" in out
     assert "same top-1" in out
     flip(folder, NORM, 4, 1)
     flip(folder, f"{DOWN}.codes", 4, 1)
-    assert verify_command(run, folder, runtime=False) == 1
+    assert verify_command(run, [folder], runtime=False) == 1
     out = capsys.readouterr().out
     assert "bit-exact: 15 of 16 tensors" in out
     assert "kept in float32: 4 of 5 tensors equal" in out
