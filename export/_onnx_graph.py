@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -321,7 +321,7 @@ def _without_weights(made: Any, model: Any, genai_config: str) -> Graph:
         if node.name == "/model/embed_tokens/Mul":
             # The builder rounds it to two decimals.
             node.input[1] = _SCALE
-            tables[_SCALE] = np.array(float(scale), dtype=np.float16 if half else np.float32)
+            tables[_SCALE] = np.array(float(cast(torch.Tensor, scale)), dtype=np.float16 if half else np.float32)
     return Graph(
         proto=proto,
         half=frozenset(half),
