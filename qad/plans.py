@@ -25,7 +25,8 @@ def _mixture(grid: str, values: Callable[[int, int], str], downs: Callable[[int,
         listed: list[tuple[str, str]] = []
         for layer in range(layers):
             if (chosen := values(layer, layers)) != grid:
-                listed.append((f"model.layers.{layer}.self_attn.v_proj.weight", chosen))
+                # The pattern takes a fused qkv_proj too, as llama.cpp does.
+                listed.append((f"model.layers.{layer}.self_attn.*v_proj.weight", chosen))
             if (chosen := downs(layer, layers)) != grid:
                 listed.append((f"model.layers.{layer}.mlp.down_proj.weight", chosen))
         # A tied embedding is the head; one of its own is rounded like the layers.

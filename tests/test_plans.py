@@ -13,7 +13,7 @@ from qad.export import gguf
 from qad.grid import GRIDS
 from qad.plan import FALLBACKS, KEEP, is_tied, plan_of_grid
 from qad.plans import NAMED, named_rules
-from tests.helpers_models import make_model, make_tokenizer
+from tests.helpers_models import MODELS, make_model, make_tokenizer
 
 # What qad stores where llama.cpp takes a type that is not in the table.
 OURS_FOR = {"Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k", "Q8_0": "q8_0"}
@@ -31,15 +31,20 @@ def sizes(tied: bool, width: int = 256) -> dict[str, object]:
     }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module",
+    params=[("llama-tied", True), ("llama-tied", False), ("phi3", False)],
+    ids=["tied", "untied", "fused"],
+)
 def unquantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """Return a model, and the GGUF file of it without a quantized tensor."""
     folder = tmp_path_factory.mktemp("exact")
-    model = make_model("llama-tied", **sizes(request.param))
+    case, tied = request.param
+    model = make_model(case, **sizes(tied))
     artifact = save_artifact(
         folder,
         config=model.config,
-        tokenizer=make_tokenizer("smollm"),
+        tokenizer=make_tokenizer(MODELS[case].tokenizer),
         quantized={},
         kept=dict(model.named_parameters()),
         tied_head=is_tied(model),
@@ -60,13 +65,13 @@ def test_the_mixture_is_llamacpps(unquantized: tuple[Any, Path], tmp_path: Path,
     assert notes == []
     theirs = {
         ours: OURS_FOR[types[name_in_file]]
-        for name_in_file, ours in hf_names(LAYERS).items()
+        for name_in_file, ours in hf_names(LAYERS, fused=model.config.model_type == "phi3").items()
         if types.get(name_in_file, "F32") != "F32"
     }
     assert {tensor: grid for tensor, grid in plan.items() if grid != KEEP} == theirs
 
 
-def hf_names(layers: int) -> dict[str, str]:
+def hf_names(layers: int, fused: bool) -> dict[str, str]:
     """Return GGUF name -> Hugging Face name, written down by hand."""
     parts = {
         "attn_q": "self_attn.q_proj",
@@ -77,6 +82,8 @@ def hf_names(layers: int) -> dict[str, str]:
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
     }
+    if fused:
+        parts |= {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
     names = {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
     for layer in range(layers):
         names |= {f"blk.{layer}.{a}.weight": f"model.layers.{layer}.{b}.weight" for a, b in parts.items()}
