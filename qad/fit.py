@@ -123,7 +123,8 @@ def _powers(k: int) -> list[int]:
 
 
 def _small_kv(facts: ModelFacts) -> list[str]:
-    return ["q8_0", "q4_0"] if facts.head_size % KV_BLOCK == 0 else []
+    free = facts.kv_item_bytes is None and facts.head_size % KV_BLOCK == 0
+    return ["q8_0", "q4_0"] if free else []
 
 
 def _remedies(device: Device, facts: ModelFacts, k: int, context: int, prompt: int, kv_type: str) -> list[Remedy]:
@@ -182,18 +183,24 @@ def _bits(device: Device, facts: ModelFacts, k: int, context: int, prompt: int, 
 
 def _kv(device: Device, facts: ModelFacts, k: int, context: int, prompt: int) -> tuple[str, str]:
     """Return the KV type that suits, and why."""
-    if "q8_0" not in _small_kv(facts):
+    if facts.kv_item_bytes is not None:
+        return "f16", f"the graph fixes it: {facts.kv_item_bytes:g} bytes a value"
+    smaller = _small_kv(facts)
+    if not smaller:
         return "f16", f"heads of {facts.head_size} values are no multiple of {KV_BLOCK}"
-    plain, small = (_row(device, facts, k, context, prompt, kind) for kind in ("f16", "q8_0"))
-    gain = small.mean.tokens_per_second / plain.mean.tokens_per_second
-    if not plain.fits:
-        return "q8_0", "f16 does not fit"
-    if gain >= _WORTH:
+    rows = {kind: _row(device, facts, k, context, prompt, kind) for kind in ("f16", *smaller)}
+    gain = rows["q8_0"].mean.tokens_per_second / rows["f16"].mean.tokens_per_second
+    if rows["f16"].fits and gain < _WORTH:
+        return "f16", f"it fits, and q8_0 would lift the bound by {gain - 1:.0%} only"
+    if rows["f16"].fits:
         return "q8_0", f"{gain:.2f} times the bound of f16; verify what it costs"
-    return "f16", f"it fits, and q8_0 would lift the bound by {gain - 1:.0%} only"
+    fitting = [kind for kind in smaller if rows[kind].fits]
+    return (fitting[0], "what is larger does not fit") if fitting else (smaller[-1], "the smallest; none fits")
 
 
 def _commands(device: Device, facts: ModelFacts, k: int, context: int, prompt: int, bits: int, kv: str) -> list[str]:
+    if facts.format in ("gptq", "onnx"):
+        return [f"qad run {shlex.quote(facts.name)} PROMPT"]
     cells = -(-(prompt + k * (context - prompt)) // _CONTEXT_STEP) * _CONTEXT_STEP
     file = facts.name if facts.format == "gguf" else "FILE.gguf"
     flags = ["-m", file, "-c", str(cells), "-np", str(k), "--kv-unified", "-fa", "on"]

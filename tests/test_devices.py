@@ -10,6 +10,7 @@ import pytest
 from qad.boards import devices_command
 from qad.devices import OPTIONAL, REQUIRED, load, names, read
 from qad.errors import UserError
+from qad.export import get
 from qad.model import resolve_source
 from tests.helpers_models import make_artifact
 
@@ -198,6 +199,29 @@ def test_a_model_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture
     assert not answer(capsys, "raspberry-pi-5", run, **(options | {"context": shorter + 256}))["fits"]
     assert answer(capsys, "raspberry-pi-5", run, **options, kv_type="q8_0")["fits"]
     assert answer(capsys, "raspberry-pi-5", run, **options, memory_gib=64.0)["fits"]
+
+
+def test_a_cache_that_fits_is_advised(capsys: pytest.CaptureFixture[str]) -> None:
+    """20 x 32768 tokens are 15 GB in fp16, 8 GB in 8 bits, 4.2 GB in 4."""
+    model = Path(resolve_source("smollm2"))
+    found = answer(capsys, "raspberry-pi-5", model, k=20, context=32768, prompt_tokens=0)
+    assert (found["kv_advice"], found["kv_reason"]) == ("q4_0", "what is larger does not fit")
+    found = answer(capsys, "raspberry-pi-5", model, k=200, context=32768, prompt_tokens=0)
+    assert (found["kv_advice"], found["kv_reason"]) == ("q4_0", "the smallest; none fits")
+    assert found["boards_that_fit"] == []
+    assert answer(capsys, "raspberry-pi-5", model, k=1, context=256)["kv_advice"] == "f16"
+
+
+@pytest.mark.parametrize("kind", ["gptq", "onnx"])
+def test_other_formats(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime_genai")
+    get(kind).write(make_artifact(tmp_path / "run", "llama-tied"), tmp_path / "model")
+    found = answer(capsys, "apple-m4", tmp_path / "model", k=4, context=256)
+    assert found["fits"]
+    assert found["commands"] == ["qad run model PROMPT"]
+    assert ("graph fixes it" in found["kv_reason"]) == (kind == "onnx")
+    assert not answer(capsys, "apple-m4", tmp_path / "model", k=4000, context=1 << 20)["fits"]
 
 
 @pytest.mark.parametrize(
