@@ -68,7 +68,13 @@ def _permute_rows(rows: Tensor, heads: int) -> Tensor:
 
 
 def _unpermute_rows(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Undo ``_permute_rows``."""
+    """Undo ``_permute_rows``.
+
+    Raises:
+        UserError: That many heads do not divide the rows.
+    """
+    if heads < 1 or rows.shape[0] % (2 * heads):
+        raise UserError(f"{rows.shape[0]} rows of a projection are not those of {heads} heads; export the file again")
     return rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -212,6 +218,8 @@ class GGUFWeights(Mapping[str, NDArray[np.float32]]):
         layers = header.metadata.get(f"{prefix}.block_count")
         if not isinstance(heads, int) or not isinstance(layers, int):
             raise UserError(f"{path} lacks its number of layers or heads; export it again")
+        if not 0 < layers <= len(header.tensors):  # names are made for each
+            raise UserError(f"{path} announces {layers} layers in {len(header.tensors)} tensors; export it again")
         self._config = {
             "num_attention_heads": heads,
             "num_key_value_heads": header.metadata.get(f"{prefix}.attention.head_count_kv", heads),

@@ -49,8 +49,20 @@ def read_config(header: GGUFHeader) -> PretrainedConfig:
     """Return the Hugging Face configuration that a GGUF header describes, without any quantization_config.
 
     Raises:
-        UserError: A key is missing, or rotary embeddings are scaled in a way that the key values do not tell.
+        UserError: A key is missing, rotary embeddings are scaled in a way that the key values do not tell, or the
+            numbers describe no model.
     """
+    try:
+        return _config(header)
+    except UserError:
+        raise
+    except Exception as error:  # whatever numbers that contradict each other make transformers raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"the GGUF file's numbers describe no model ({reason}): convert it again") from error
+
+
+def _config(header: GGUFHeader) -> PretrainedConfig:
+    """Do what ``read_config`` says, where the numbers fit each other."""
     architecture = architecture_of_gguf(header.metadata["general.architecture"])
 
     def value(key: str, default: Any = None) -> Any:
