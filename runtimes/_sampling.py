@@ -4,8 +4,8 @@ One pass over the vocabulary per row gives the log-probability of what is chosen
 comparing against a threshold, so that no row of 50 000 logits is ever sorted. Rows are worked on one after another:
 a row and its exponentials fit the second-level cache, a matrix of them does not. A row's choice depends on that row
 and on its own random numbers alone, so that a trajectory is the same whatever runs beside it. What a random number
-draws is read off the cumulated probabilities in the order of the vocabulary, and not of likelihood: logits that differ
-in their last bits then draw another token as seldom as can be.
+draws is read off the cumulated probabilities in the order of the vocabulary, and not of likelihood: tokens that change
+their ranks, with logits that differ in their last bits, do not change places.
 
 Given up: a rule that has to look at more than one row, or at what was chosen before (penalties).
 
