@@ -124,6 +124,7 @@ class Session(Protocol):
         new_tokens: int,
         on_token: OnToken | None = None,
         stop: Sequence[str] = (),
+        ignore_end: bool = False,
     ) -> list[Trajectory]:
         """Return k continuations of one prompt, made side by side; ``work`` then tells what they cost.
 
@@ -135,6 +136,7 @@ class Session(Protocol):
             on_token: Called with every ``Step``. It returns None, or the indexes of trajectories to drop, which may be
                 any: their cache is freed and the others go on as if nothing had been. ``range(k)`` ends the call.
             stop: Texts at which a trajectory ends; its text ends before them.
+            ignore_end: Take the token that ends an answer as any other, so that each has ``new_tokens``: for timing.
 
         Raises:
             UserError: No room for the prompt and a token of each trajectory, or more trajectories than the engine

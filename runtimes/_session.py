@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qad.errors import UserError
 from qad.runtimes import GREEDY, Ending, OnToken, Piece, Sampling, Trajectory, Work, choose
-from qad.runtimes._trajectories import Request, Rows, check_request, sample_rows
+from qad.runtimes._trajectories import Request, Rows, check_request, never, sample_rows
 
 
 class TokenizerText:
@@ -179,6 +179,7 @@ class TokenizerSession(ABC):
         new_tokens: int,
         on_token: OnToken | None = None,
         stop: Sequence[str] = (),
+        ignore_end: bool = False,
     ) -> list[Trajectory]:
         """Return k continuations of one prompt; see ``qad.runtimes.Session.sample``.
 
@@ -203,7 +204,7 @@ class TokenizerSession(ABC):
             stop=words,
             prompt_tokens=len(prompt_T),
             room=room,
-            ends=self._ends.__contains__,
+            ends=never if ignore_end else self._ends.__contains__,
             text=lambda: TokenizerText(self._tokenizer),
             began=began,
         )

@@ -167,6 +167,11 @@ class _Live:
     ended: bool = False
 
 
+def never(token: int) -> bool:
+    """Return that a token ends no answer."""
+    return False
+
+
 def check_request(k: int, new_tokens: int, stop: Sequence[str]) -> tuple[str, ...]:
     """Return the stop texts of a sound request.
 

@@ -22,7 +22,7 @@ from qad.runtimes import GREEDY, Ending, OnToken, Piece, Sampling, Step, Traject
 from qad.runtimes._llama_api import available, library
 from qad.runtimes._llama_context import BATCH, LlamaContext, Options
 from qad.runtimes._llama_model import LlamaModel, LlamaText
-from qad.runtimes._trajectories import Request, check_request, sample_rows
+from qad.runtimes._trajectories import Request, check_request, never, sample_rows
 
 __all__ = ["FORMATS", "LlamaSession", "available", "open"]
 
@@ -202,6 +202,7 @@ class LlamaSession:
         new_tokens: int,
         on_token: OnToken | None = None,
         stop: Sequence[str] = (),
+        ignore_end: bool = False,
     ) -> list[Trajectory]:
         """Return k continuations of one prompt; see ``qad.runtimes.Session.sample``.
 
@@ -251,7 +252,7 @@ class LlamaSession:
             stop=words,
             prompt_tokens=len(prompt),
             room=room,
-            ends=self._model.ends,
+            ends=never if ignore_end else self._model.ends,
             text=lambda: LlamaText(self._model),
             began=began,
         )

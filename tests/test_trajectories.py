@@ -118,6 +118,12 @@ def test_an_answer_that_the_model_ends(session: Session) -> None:
     for one in ended:
         assert end not in one.tokens
         assert (one.reason == "stop") == (len(one.tokens) < 40)
+    # The same streams, in which the token that ended an answer is one like any other.
+    whole = session.sample(PROMPT, 16, Sampling(temperature=3.0, seed=seed), new_tokens=40, ignore_end=True)
+    assert {(len(one.tokens), one.reason) for one in whole} == {(40, "length")}
+    for one, other in zip(ended, whole, strict=True):
+        assert other.tokens[: len(one.tokens)] == one.tokens
+        assert one.reason == "length" or other.tokens[len(one.tokens)] <= 2  # llama.cpp has more ends
 
 
 def test_stop_texts(session: Session) -> None:
