@@ -30,7 +30,7 @@ from rich.table import Table
 
 from qad.errors import UserError
 from qad.gguf_check import check_gguf, read_header
-from qad.runtimes import _cores, llamacpp
+from qad.runtimes import _cores, _llama_api, llamacpp
 from qad.verify import log_softmax
 
 _ROWS_AT_ONCE = 64
@@ -100,14 +100,14 @@ def quantize_by_llamacpp(source: Path, target: Path, kind: str, threads: int) ->
     kinds = {member.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower(): member for member in LlamaFileType}
     if kind.lower() not in kinds:
         raise UserError(f"llama.cpp has no quantization {kind!r}; it has {', '.join(sorted(kinds))}")
-    llamacpp.quiet()
+    _llama_api.quiet()
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = int(kinds[kind.lower()])
     settings.nthread = threads
     settings.allow_requantize = True
     settings.pure = False
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.pointer(settings)) != 0:
-        raise UserError(f"llama.cpp could not quantize {source} to {kind}: {llamacpp.last_failure()}")
+        raise UserError(f"llama.cpp could not quantize {source} to {kind}: {_llama_api.last_failure()}")
 
 
 def chunks_of(tokens: list[int], first: int | None, length: int, limit: int) -> list[list[int]]:
