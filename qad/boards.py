@@ -19,6 +19,8 @@ from qad.roofline import model_facts
 
 _LIMITS = {"weights": "reading weights", "kv": "reading caches", "compute": "arithmetic"}
 _DEFAULT_PROMPT = 128
+_RATES = ("memory", "GB/s", "W", "int8 TOPS", "fp16 TFLOPS")
+_WIDE = 150  # columns of a terminal that has room for titles and runtimes
 _UNVERIFIED = "[yellow]?[/]"
 _LEGEND = f"{_UNVERIFIED} not seen in a source: derived, estimated, or a vendor's page quoted from memory"
 
@@ -48,7 +50,7 @@ def _int8_fact(device: Device) -> str:
 
 def _list_row(device: Device) -> list[str]:
     engine = device.engine()
-    power = "" if device.power_w is None else f"{device.power_w[0]:g} to {device.power_w[1]:g}"
+    power = "" if device.power_w is None else f"{device.power_w[0]:g}-{device.power_w[1]:g}"
     return [
         device.name,
         escape(device.title),
@@ -62,26 +64,27 @@ def _list_row(device: Device) -> list[str]:
 
 
 def _print_list(console: Console) -> None:
-    table = _table(
-        "boards",
-        "name",
-        "board",
-        "memory",
-        "GB/s",
-        "W",
-        "int8 TOPS",
-        "fp16 TFLOPS",
-        "runtimes",
-    )
-    for name in devices.names():
-        table.add_row(*_list_row(devices.load(name)))
+    # Where there is no room for all, a board's own page tells its title and its runtimes.
+    wide = console.width >= _WIDE
+    table = _table("boards", "name", *(["board"] if wide else []), *_RATES, *(["runtimes"] if wide else []))
+    table.columns[0].no_wrap = True
+    kept_cells = slice(None) if wide else slice(0, -1)
+
+    def add(device: Device) -> None:
+        name, title, *rest = _list_row(device)
+        table.add_row(name, *([title] if wide else []), *rest[kept_cells])
+
+    for each in devices.names():
+        add(devices.load(each))
     measured = kept()
     if measured is None:
-        table.add_row(HOST, "this machine, not measured yet: qad devices host")
+        table.add_row(HOST, *(["this machine, not measured yet"] if wide else []))
     else:
-        table.add_row(*_list_row(host()))
+        add(host())
     console.print(table)
     console.print(f"{_LEGEND}; all rates are peaks of dense products")
+    if measured is None:
+        console.print("host, which is this machine, was not measured yet: qad devices host")
     if measured is not None:
         console.print(f"host was measured {age(measured.when)}; `qad devices host --measure` does it again")
     console.print("one board: qad devices NAME    a model on it: qad devices NAME --model FILE", soft_wrap=True)

@@ -375,6 +375,43 @@ def run(
 
 
 @app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(help="Exported files and folders, runs.", metavar="FILE...")],
+    ks: Annotated[str, typer.Option("--k", help="Trajectories at once, with commas.")] = "1,2,4,8,16",
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Tokens of the prompt that all share; several with commas sweep the context.")
+    ] = "128",
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each trajectory, exactly.", min=2)] = 128,
+    device: Annotated[str, typer.Option(help="Board whose bound stands beside each figure.")] = "host",
+    threads: ThreadsOption = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each figure, of which the median is told.", min=1)] = 3,
+    kv_type: Annotated[str, typer.Option(help="Of the key-value cache in llama.cpp: f16, q8_0 or q4_0.")] = "f16",
+    gpu: Annotated[bool, typer.Option("--gpu", help="Run on the GPU, where the runtime was built for one.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+) -> None:
+    """Measure tokens/s, latency, memory and energy of K trajectories, file after file, beside the board's bound."""
+    import shlex
+
+    from qad.bench import bench_command
+
+    raise typer.Exit(
+        bench_command(
+            files,
+            ks=ks,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            threads=threads,
+            repeats=repeats,
+            kv_type=kv_type,
+            gpu=gpu,
+            device=device,
+            json_file=json_file,
+            command=shlex.join(["qad", *sys.argv[1:]]),
+        )
+    )
+
+
+@app.command()
 def doctor(
     model: Annotated[str | None, typer.Argument(help="Hugging Face folder, hub id or GGUF file to look into.")] = None,
 ) -> None:

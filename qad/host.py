@@ -130,7 +130,8 @@ def _cache_bytes() -> int:
     return max(sizes)
 
 
-def _machine() -> dict[str, Any]:
+def describe() -> dict[str, Any]:
+    """Return what this machine is, nothing measured: its node, system, processor, cores and memory."""
     name, sets = _processor()
     return {
         "node": platform.node(),
@@ -291,7 +292,7 @@ def measure() -> Measurement:
     """Measure this machine. Takes about two seconds, and some more to load torch."""
     import torch
 
-    machine = _machine()
+    machine = describe()
     cache = _cache_bytes()
     began = time.perf_counter()
     room = max(_SMALLEST, min(_LARGEST, _memory()[1] // 4))
@@ -341,7 +342,7 @@ def _file(machine: Mapping[str, Any]) -> Path:
 
 def kept() -> Measurement | None:
     """Return this machine's measurement, None if there is none that can be read."""
-    machine = _machine()
+    machine = describe()
     try:
         found = Measurement(**json.loads(_file(machine).read_text()))
     except (OSError, ValueError, TypeError, UserError):

@@ -54,6 +54,7 @@ class _SingleRows:
         for row in range(k):
             self.logits_V, self._caches[row] = session._next(prompt, session._cache(tokens))
         work.prompt_tokens = k * len(prompt)
+        work.cache_bytes = sum(session._cache_bytes(cache) for cache in self._caches.values())
         work.prompt_seconds = time.perf_counter() - began
 
     def advance(self, rows: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -96,6 +97,10 @@ class TokenizerSession(ABC):
     @abstractmethod
     def _cache(self, tokens: int) -> Any:
         """Return an empty key-value cache that takes that many tokens."""
+
+    @abstractmethod
+    def _cache_bytes(self, cache: Any) -> int:
+        """Return the bytes that a cache takes."""
 
     @abstractmethod
     def _next(self, tokens: Sequence[int], cache: Any) -> tuple[NDArray[np.float32], Any]:

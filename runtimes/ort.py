@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, V vocabulary.
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,12 @@ class OrtSession(TokenizerSession):
                 name: OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=self._number(name)), self._device, 0)
                 for name in self._past
             }
+        )
+
+    def _cache_bytes(self, cache: _Cache) -> int:
+        """Return the bytes that a cache takes."""
+        return sum(
+            math.prod(buffer.shape()) * np.dtype(self._number(name)).itemsize for name, buffer in cache.buffers.items()
         )
 
     def _number(self, name: str) -> type[np.floating[Any]]:

@@ -88,6 +88,16 @@ def test_every_board_is_shown_with_its_doubts(name: str, capsys: pytest.CaptureF
         assert fact.source in line
 
 
+def test_the_list_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    devices_command(None)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[: len(names()) + 6])) <= 80
+    rows = [line for line in lines if line.startswith("│")]
+    # A line each, the name whole.
+    assert [row.split()[1] for row in rows] == [*names(), "host"]
+
+
 def test_the_list_shows_every_board(capsys: pytest.CaptureFixture[str]) -> None:
     devices_command(None, as_json=True)
     listed = json.loads(capsys.readouterr().out)
@@ -99,7 +109,7 @@ def test_the_list_shows_every_board(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"│ {name} " in output
     orin = next(line for line in output.splitlines() if "jetson-orin-nx-16" in line)
     assert "102.4?" in orin
-    assert "10 to 25" in orin
+    assert "10-25" in orin
 
 
 def board_file(folder: Path, change: str, to: str) -> Path:

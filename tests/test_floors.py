@@ -28,6 +28,7 @@ FLOORS = {
     "qad.model_facts": 0,
     "qad.roofline": 0,
     "qad.fit": 0,
+    "qad.energy": 0,
     "qad.csrc": 0,
     # F1: numbers
     "qad.scales": 1,
@@ -79,6 +80,9 @@ FLOORS = {
     "qad.doctor": 7,
     "qad.answer": 7,
     "qad.boards": 7,
+    "qad.bench_run": 7,
+    "qad.bench_table": 7,
+    "qad.bench": 7,
     # F8: the command line
     "qad.cli": 8,
 }
@@ -229,7 +233,7 @@ def test_importing_stays_light(module: str) -> None:
     assert not HEAVY & set(loaded)
 
 
-@pytest.mark.parametrize("verb", ["", "train", "quantize", "export", "verify", "run", "doctor", "devices"])
+@pytest.mark.parametrize("verb", ["", "train", "quantize", "export", "verify", "run", "doctor", "devices", "bench"])
 def test_showing_help_stays_light(verb: str) -> None:
     out = run(
         f"""

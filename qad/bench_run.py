@@ -1,0 +1,260 @@
+"""Measuring one file in one runtime: a process of its own, so that its peak of memory is its own.
+
+A run is one call of ``Session.sample`` from an empty cache: K trajectories of one prompt, each with exactly the number
+of tokens asked for. Before the runs of each K a short one warms up and makes the context. What a run tells:
+
+    prefill tokens/s    tokens of prompts that the engine ran, over the time that took
+    first token         from the call until each trajectory has its first token
+    aggregate tokens/s  the other tokens of all K, over the time from the first token until all are done: sampling,
+                        text and log-probabilities included
+    all done            from the call until all are done
+    peak                of the process' resident memory, which counts the pages of a mapped file that were read
+"""
+
+import hashlib
+import inspect
+import logging
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from qad import runtimes
+from qad.energy import Meter
+from qad.errors import UserError
+from qad.files import sha256_of_file
+from qad.runtimes import Sampling, Session
+
+# As answers are sampled in practice; greedy trajectories would all be the same.
+RULE = Sampling(temperature=0.8, top_p=0.95, seed=1)
+# Figures of a run, whose median and spread are told.
+FIGURES = ("prefill_tokens_per_s", "first_token_s", "aggregate_tokens_per_s", "all_done_s")
+_WARM_TOKENS = 3
+_DEFAULT_KV = "f16"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure in one process.
+
+    Attributes:
+        file: File or folder.
+        runtime: Name.
+        ks: Numbers of trajectories, rising.
+        prompt_tokens, new_tokens, threads, repeats: Of each run, and how many.
+        kv_type: Of the cache.
+        gpu: Whether the GPU does the work.
+    """
+
+    file: Path
+    runtime: str
+    ks: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+    repeats: int
+    kv_type: str = _DEFAULT_KV
+    gpu: bool = False
+
+
+@dataclass
+class Measured:
+    """What the runs of one K told, or why there is nothing to tell.
+
+    Attributes:
+        k: How many trajectories.
+        figures: Name of a figure -> its value in each run; see ``FIGURES``.
+        kv_bytes: Keys and values that the runtime claimed.
+        peak_bytes: Most memory that the process held while it ran them; None where the system does not tell.
+        joules: Of each run; empty where the machine does not tell.
+        energy_source: Who told; see ``qad.energy``.
+        reason: Why there are no figures.
+    """
+
+    k: int
+    figures: dict[str, list[float]] = field(default_factory=dict)
+    kv_bytes: int = 0
+    peak_bytes: int | None = None
+    joules: list[float] = field(default_factory=list)
+    energy_source: str | None = None
+    reason: str | None = None
+
+
+def digest(path: Path) -> tuple[str, int]:
+    """Return the SHA-256 and the bytes of a file, or of a folder's files: of their names and SHA-256, in order."""
+    # Of a run, what is measured.
+    path = path / "artifact" if (path / "artifact" / "artifact.json").is_file() else path
+    if path.is_file():
+        return sha256_of_file(path), path.stat().st_size
+    whole, size = hashlib.sha256(), 0
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            whole.update(f"{file.relative_to(path).as_posix()}\0{sha256_of_file(file)}\n".encode())
+            size += file.stat().st_size
+    return whole.hexdigest(), size
+
+
+def measure(task: Task) -> Iterator[Measured | None]:
+    """Yield None after each run, and what was measured after the runs of each K.
+
+    Whatever happens to the process that measures, each K gets its ``Measured``; an end of the process is a reason.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, task), daemon=True)
+    left = list(task.ks)
+    process.start()
+    theirs.close()
+    try:
+        while left:
+            try:
+                message = ours.recv()
+            except EOFError:
+                process.join()
+                for k in left:
+                    yield Measured(k, reason=_how_it_ended(process.exitcode))
+                return
+            if isinstance(message, Measured):
+                left.remove(message.k)
+            yield message
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code == -signal.SIGKILL:
+        return "the process was killed, as systems do when memory runs out: ask for fewer trajectories or tokens"
+    return f"the process that measured ended with {code}: its output above says more"
+
+
+def _child(connection: Connection, task: Task) -> None:
+    """Measure and send; the target of the process."""
+    # An interrupt is the parent's to handle: it ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # As the command line does in its own process: torchao warns of CUDA kernels that a CPU torch cannot load.
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    left = list(task.ks)
+    try:
+        with _open(task) as session:
+            prompt = _prompt(session, task.prompt_tokens)
+            meter = Meter(gpu=task.gpu)
+            for k in task.ks:
+                try:
+                    measured = _measure_k(session, prompt, k, task, meter, connection)
+                except UserError as error:
+                    measured = Measured(k, reason=str(error))
+                except (MemoryError, RuntimeError) as error:  # torch says that memory ran out as a RuntimeError
+                    measured = Measured(k, reason=f"{type(error).__name__}: {error}".splitlines()[0])
+                left.remove(k)
+                connection.send(measured)
+    except UserError as error:
+        for k in left:
+            connection.send(Measured(k, reason=str(error)))
+    except BrokenPipeError:
+        pass  # nobody listens any more
+
+
+def _open(task: Task) -> Session:
+    runtime = runtimes.get(task.runtime)
+    if reason := runtime.available():
+        raise UserError(reason)
+    options: dict[str, Any] = {}
+    if "kv_type" in inspect.signature(runtime.open).parameters:
+        options["kv_type"] = task.kv_type
+    elif task.kv_type != _DEFAULT_KV:
+        raise UserError(f"{task.runtime} has one type of cache only: leave out --kv-type")
+    return runtime.open(task.file, "gpu" if task.gpu else "cpu", task.threads, **options)
+
+
+def _prompt(session: Session, tokens: int) -> list[int]:
+    text = resources.files("qad.data").joinpath("verify.txt").read_text(encoding="utf-8")
+    page = session.tokenize(text)
+    return (page * (tokens // len(page) + 1))[:tokens]
+
+
+def _measure_k(
+    session: Session, prompt: list[int], k: int, task: Task, meter: Meter, connection: Connection
+) -> Measured:
+    """Return what the runs of one K tell.
+
+    Raises:
+        UserError: K or the context is above what the runtime takes.
+    """
+    measured = Measured(k, {name: [] for name in FIGURES}, energy_source=meter.source)
+    _reset_peak()
+    _forget(session, prompt)
+    made = 0
+
+    def few(step: object) -> range | None:
+        nonlocal made
+        made += 1
+        return range(k) if made >= _WARM_TOKENS * k else None
+
+    session.sample(prompt, k, RULE, new_tokens=task.new_tokens, ignore_end=True, on_token=few)
+    connection.send(None)
+    for _ in range(task.repeats):
+        _forget(session, prompt)
+        with meter:
+            done = session.sample(prompt, k, RULE, new_tokens=task.new_tokens, ignore_end=True)
+        work = session.work
+        if short := [one for one in done if len(one.tokens) != task.new_tokens]:
+            raise UserError(
+                f"trajectories end after {len(short[0].tokens)} of {task.new_tokens} tokens ({short[0].reason}): "
+                "the model's context is too small; ask for fewer tokens"
+            )
+        assert not work.reused_tokens, work
+        first, last = max(one.first_seconds for one in done), max(one.seconds for one in done)
+        figures = {
+            "prefill_tokens_per_s": work.prompt_tokens / work.prompt_seconds,
+            "first_token_s": first,
+            "aggregate_tokens_per_s": k * (task.new_tokens - 1) / (last - first),
+            "all_done_s": last,
+        }
+        for name, value in figures.items():
+            measured.figures[name].append(value)
+        if meter.joules is not None:
+            measured.joules.append(meter.joules)
+        measured.kv_bytes = work.cache_bytes
+        connection.send(None)
+    measured.peak_bytes = _peak()
+    return measured
+
+
+def _forget(session: Session, prompt: list[int]) -> None:
+    """Make the session forget the prompt that it keeps for the next call."""
+    session.logits([prompt[:1]])
+
+
+def _reset_peak() -> None:
+    """Begin a new peak of memory where the system allows it (Linux, proc(5)); else peaks rise with K."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak() -> int | None:
+    """Return the peak of this process' resident memory in bytes, None where the system does not tell."""
+    try:
+        # ru_maxrss would count what the parent held when it made this process.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    # macOS counts bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if sys.platform == "darwin" else None
