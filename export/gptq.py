@@ -249,6 +249,12 @@ def _write_safetensors(file: Path, shard: list[_Stored], on_bytes: Callable[[int
 
 
 def _quantization_config(artifact: Artifact, grid: Grid, roundings: dict[str, Rounding]) -> dict[str, Any]:
+    """Return what loaders ask for.
+
+    vLLM wants ``bits``, ``group_size``, ``desc_act`` and ``sym``, and takes 4 or 8 symmetric bits in groups of 32, 64
+    or 128 (its ``GPTQMarlinConfig`` and ``MARLIN_SUPPORTED_GROUP_SIZES``). Layers whose outputs 64 or whose inputs
+    128 does not divide, as SmolLM2's 576, get another of its kernels than Marlin.
+    """
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
