@@ -11,12 +11,14 @@ of tokens asked for. Before the runs of each K a short one warms up and makes th
     peak                of the process' resident memory, which counts the pages of a mapped file that were read
 """
 
+import contextlib
 import hashlib
 import inspect
 import logging
 import multiprocessing
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -108,7 +110,8 @@ def measure(task: Task) -> Iterator[Measured | None]:
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, task), daemon=True)
     left = list(task.ks)
-    process.start()
+    with _interrupts_ignored():
+        process.start()
     theirs.close()
     try:
         while left:
@@ -128,6 +131,22 @@ def measure(task: Task) -> Iterator[Measured | None]:
         ours.close()
 
 
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C for a moment: a process that is started then ignores it from its beginning.
+
+    It is this process' to handle, which ends the other. Elsewhere than in the main thread nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _how_it_ended(code: int | None) -> str:
     if code == -signal.SIGKILL:
         return "the process was killed, as systems do when memory runs out: ask for fewer trajectories or tokens"
@@ -136,8 +155,6 @@ def _how_it_ended(code: int | None) -> str:
 
 def _child(connection: Connection, task: Task) -> None:
     """Measure and send; the target of the process."""
-    # An interrupt is the parent's to handle: it ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # As the command line does in its own process: torchao warns of CUDA kernels that a CPU torch cannot load.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)

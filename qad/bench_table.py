@@ -22,7 +22,8 @@ def _short(value: float | None) -> str:
 
 
 def _percent(share: float) -> str:
-    # A share below 0.1 % is shown as such, and never as nothing.
+    if share < 0.0005:
+        return "<0.1%"
     return f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
 
 
@@ -120,7 +121,10 @@ def _print_notes(
         for row in measured
         for low, high in (row["spread"]["aggregate_tokens_per_s"],)
     ]
-    console.print(f"medians; tok/s of one row lie within {max(spreads):.0%}; MB: peak of the process")
+    if any(row["spread"]["all_done_s"][0] != row["spread"]["all_done_s"][1] for row in measured):
+        console.print(f"medians; tok/s of one row lie within {max(spreads):.0%}; MB: peak of the process")
+    else:
+        console.print("one run each; MB: peak of the process")
     for one in batching:
         where = f"{one['file'].rpartition('/')[2]} {one['runtime']}"
         if "," in prompts:
