@@ -168,6 +168,25 @@ def _write(job: Job, on_progress: OnProgress, options: Mapping[str, Any]) -> Map
     return write(job.artifact, job.target, on_progress, **options)
 
 
+def _forget(manifest: Path) -> None:
+    """Delete the manifest of an earlier export.
+
+    Raises:
+        UserError: What stands there is something else's.
+    """
+    if not manifest.exists():
+        return
+    try:
+        found = json.loads(manifest.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or "qad_version" not in found:
+        raise UserError(
+            f"{manifest} is no manifest of qad and would be overwritten: delete it, or name another folder with -o"
+        )
+    manifest.unlink()
+
+
 def export_command(
     run: Path, formats: str, output: Path | None, requantize: bool, onnx: Mapping[str, Any] | None = None
 ) -> None:
@@ -196,7 +215,7 @@ def export_command(
         jobs = _jobs(artifact, run, names, output, Path(scratch), requantize)
         manifest = (output or run) / MANIFEST if several else None
         if manifest is not None:
-            manifest.unlink(missing_ok=True)
+            _forget(manifest)
         entries = []
         with Progress(console=console) as progress:
             for job in jobs:

@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -440,9 +441,13 @@ class FileReport:
 
 
 def _print_summary(console: Console, reports: Sequence[FileReport]) -> None:
-    table = Table(title="summary")
-    for title in ("file", "bit-exact", "kept", "fp16", "KL to torch", "same top-1", "greedy", "verdict"):
-        table.add_column(title, justify="left" if title in ("file", "verdict") else "right", overflow="fold")
+    table = Table(title="summary", box=SIMPLE_HEAD)
+    longest = max((len(word) for report in reports for word in report.verdict.split()), default=0)
+    for title in ("file", "exact", "kept", "fp16", "KL to torch", "same top-1", "greedy", "verdict"):
+        side = "left" if title in ("file", "verdict") else "right"
+        # Only paths are broken within words, also at 80 columns.
+        width = max(longest, len(title)) if title == "verdict" else None
+        table.add_column(title, justify=side, overflow="fold", no_wrap=title in ("exact", "kept"), min_width=width)
     for report in reports:
         proof, run = report.proof, report.agreement
         table.add_row(

@@ -86,7 +86,9 @@ def load(path: Path, device: str = "cpu") -> Any:
                 loaded: Any = GPTQModel.load(str(path), backend=BACKEND.GPTQ_TORCH, device=where, dtype=torch.float16)
                 model = loaded.model
         except Exception as error:  # whatever damaged files and unknown architectures make it raise
-            raise UserError(f"gptqmodel cannot load {path}: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"gptqmodel cannot load {path}: {type(error).__name__}: {error}; export it again"
+            ) from error
     for module in model.modules():
         # A compiled version hides the method, takes a minute to make on a CPU, and may keep more bits than fp16.
         module.__dict__.pop("dequantize_weight", None)

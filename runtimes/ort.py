@@ -207,4 +207,4 @@ def open(path: Path, device: str = "cpu", threads: int | None = None) -> OrtSess
         engine = onnxruntime.InferenceSession(str(path / "model.onnx"), options, providers=[provider])
         return OrtSession(engine, tokenizer, settings, "cuda" if device == "gpu" else "cpu")
     except Exception as error:  # its own exceptions derive from nothing closer
-        raise UserError(f"ONNX Runtime cannot load {path}: {error}") from error
+        raise UserError(f"ONNX Runtime cannot load {path}: {error}; export it again") from error

@@ -104,6 +104,30 @@ def test_an_old_manifest_does_not_outlive_what_it_describes(tmp_path: Path) -> N
     assert verify(tmp_path / "run", out / "student.gguf").ok
 
 
+@pytest.mark.parametrize("content", ['{"name": "an app"}', "[]", "{"])
+def test_a_manifest_of_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
+    make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(UserError, match="no manifest of qad"):
+        export_command(tmp_path / "run", "gguf,gptq", tmp_path, requantize=False)
+    assert (tmp_path / MANIFEST).read_text() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "run"]
+
+
+def test_the_last_table_breaks_no_verdict_at_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    export_command(tmp_path / "run", "gguf,gptq", tmp_path, requantize=False)
+    files = [tmp_path / "student.gguf", tmp_path / "student-gptq", tmp_path / "missing.gguf"]
+    assert verify_command(tmp_path / "run", files, runtime=False) == 2
+    summary = capsys.readouterr().out.partition("summary")[2]  # the table
+    assert "unreadable" in summary
+    assert "exact, not" in summary
+    assert max(map(len, summary.splitlines())) <= 80
+
+
 def test_requantized_is_said_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = make_artifact(tmp_path / "run", "llama-tied", linear_grid="int4_g64", **WIDE)
     out = tmp_path / "out"
