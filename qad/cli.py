@@ -46,7 +46,7 @@ BudgetOption = Annotated[
     typer.Option(
         help="Stored bits per quantized weight, embedding and head included: each tensor's grid is chosen by what its "
         "rounding costs in KL.",
-        min=0.0,
+        min=1.0,
     ),
 ]
 FormatsOption = Annotated[

@@ -67,17 +67,33 @@ def _target(exporter: Exporter, name: str, run: Path, output: Path | None, sever
     """Return where a format goes.
 
     Raises:
-        UserError: A file named in a way that no reader of the format would take.
+        UserError: A file named in a way that no reader of the format would take, or one that qad did not write.
     """
     if output is None or several:
-        return (output or run) / f"student{exporter.SUFFIX}"
+        target = (output or run) / f"student{exporter.SUFFIX}"
+    else:
+        _check_ending(exporter, name, output)
+        target = output
+    if target.is_file() and target.stat().st_size and not _is_export(exporter, target):
+        raise UserError(f"{target} was not exported by qad: delete it, or name another place with -o")
+    return target
+
+
+def _check_ending(exporter: Exporter, name: str, output: Path) -> None:
     endings = {export.get(other).SUFFIX for other in export.names() if export.get(other).SUFFIX.startswith(".")}
     ending = output.suffix.lower()
     if exporter.SUFFIX in endings and ending != exporter.SUFFIX and not output.is_dir():
         raise UserError(f"{output} does not end in {exporter.SUFFIX}, by which every reader of {name} files knows them")
     if exporter.SUFFIX not in endings and ending in endings:
         raise UserError(f"{output} ends like a {ending[1:]} file, and {name} is a folder: name it otherwise with -o")
-    return output
+
+
+def _is_export(exporter: Exporter, file: Path) -> bool:
+    """Return whether a file says of itself that it was exported from a run: the only ones that are replaced."""
+    try:
+        return exporter.run_hash(file) is not None
+    except UserError:
+        return False
 
 
 def _files(path: Path) -> list[Path]:

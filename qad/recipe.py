@@ -152,7 +152,7 @@ class Recipe:
     def plan_label(self) -> str:
         """What the plan is called in tables."""
         if self.budget:
-            return f"{self.budget:g} bits per weight"
+            return f"at most {self.budget:g} bits per weight"
         base = self.plan or self.grid or f"{self.bits} bits"
         return f"a plan over {base}" if self.rules else base
 

@@ -66,6 +66,22 @@ def test_one_format_is_one_file(tmp_path: Path) -> None:
     assert verify(tmp_path / "run", tmp_path / "out" / "Model.GGUF").ok
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, several: bool) -> None:
+    make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    file = tmp_path / "out" / "student.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF, but somebody else's")
+    formats, output = ("gptq,gguf", file.parent) if several else ("gguf", file)
+    with pytest.raises(UserError, match=r"student.gguf was not exported by qad: delete it, or name another place"):
+        export_command(tmp_path / "run", formats, output, requantize=False)
+    assert file.read_bytes() == b"GGUF, but somebody else's"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    file.unlink()
+    for _ in range(2):  # what it wrote itself is replaced
+        export_command(tmp_path / "run", "gguf", file, requantize=False)
+
+
 @pytest.mark.parametrize(
     ("formats", "name", "message"),
     [

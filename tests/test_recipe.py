@@ -51,7 +51,7 @@ def test_labels_of_plans() -> None:
     assert Recipe(bits=8).plan_label == "8 bits"
     assert Recipe(grid="int4_g64").plan_label == "int4_g64"
     assert Recipe(plan="q4_k_m").plan_label == "q4_k_m"
-    assert Recipe(budget=4.5).plan_label == "4.5 bits per weight"
+    assert Recipe(budget=4.5).plan_label == "at most 4.5 bits per weight"
     assert Recipe(rules=(("*", "q8_0"),)).plan_label == "a plan over 4 bits"
 
 
