@@ -231,6 +231,10 @@ def test_quantize_keeps_what_is_already_on_the_grid(grid: Grid, data: st.DataObj
     with_its_scales = quantize(values, grid, first.scales_NG.float())
     assert torch.equal(with_its_scales.codes_NK, first.codes_NK)
     assert torch.equal(with_its_scales.scales_NG, first.scales_NG)
+    # A scale rounded up by half a step of the largest code, or more, leaves that code unused: its block finds another.
+    if grid.code_max * 2.0**-grid.scale_bits >= 0.5:
+        assert grid.name == "q8_0_fp16"
+        return
     # Found anew, the scale of a block of tiny numbers may change its sign, and its codes with it; no value changes.
     again = quantize(values, grid)
     assert torch.equal(dequantize(again), values)
