@@ -23,8 +23,8 @@ def answer(
     """Print the answer piece by piece, then how fast it came.
 
     Raises:
-        UserError: The file is missing or damaged, its runtime is not installed, the server does not answer, or the
-            prompt is too long.
+        UserError: The file is missing or damaged, its runtime is not installed, the server does not answer or breaks
+            off, or the prompt is too long.
     """
     try:
         prompt.encode()
@@ -32,17 +32,24 @@ def answer(
         raise UserError("the prompt is not UTF-8 text: check the encoding of the terminal") from error
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     session = open_model(file, threads=threads)
+    shown = False
     try:
         tokens = session.chat_prompt(prompt)
         for piece in session.stream(tokens, new_tokens, sampling):
             sys.stdout.write(piece.text)
             sys.stdout.flush()
+            shown = shown or bool(piece.text)
             if piece.ending is not None:
                 end = piece.ending
                 Console(stderr=True).print(
                     f"\n[dim]{end.new_tokens} tokens, {end.tokens_per_second:.1f} tokens/s "
                     f"(prompt of {end.prompt_tokens} in {end.prompt_seconds:.2f} s), ended by {end.reason}[/]"
                 )
+    except UserError as error:
+        if not shown:
+            raise
+        sys.stdout.write("\n")
+        raise UserError(f"{error}; the text above is what came until then") from error
     finally:
         session.close()
     sys.stdout.write("\n")

@@ -25,6 +25,8 @@ _START = (
     "vllm serve FOLDER)"
 )
 _CONNECT_SECONDS = 10.0
+# For a list of models, which takes no model's work: longest silence in seconds.
+_LIST_SECONDS = 60.0
 _LISTED = 20
 # As many answers as a call may ask for at a time, each over a connection of its own; the others wait for theirs.
 _MOST_CONNECTIONS = 256
@@ -141,6 +143,10 @@ class Cut(Exception):
     """A stream that ended in the middle of an answer."""
 
 
+class Other(Exception):
+    """A server gave another answer when it was asked for the same one again."""
+
+
 class Server:
     """A server and one model of it.
 
@@ -172,12 +178,13 @@ class Server:
 
         self.address = address_of(url)
         self.timeout, self.retries = timeout, retries
+        self._connect_seconds = min(_CONNECT_SECONDS, timeout)
         self._key = _key(self.address.host)
         self.client = openai.AsyncOpenAI(
             # Never None: the client would look for OpenAI's own key.
             api_key=self._key or _NO_KEY,
             base_url=self.address.base,
-            timeout=openai.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout)),
+            timeout=openai.Timeout(timeout, connect=self._connect_seconds),
             max_retries=retries,
         )
         # A loop of its own: the caller may be in one, as notebooks are.
@@ -241,13 +248,27 @@ class Server:
         except Exception as error:
             raise self.told(error) from None
 
+    async def _listing(self) -> Any:
+        """Return the list of models; silence at the first try is the last: such an address is wrong, most likely."""
+        import openai
+
+        seconds = min(_LIST_SECONDS, self.timeout)
+        once = self.client.with_options(max_retries=0, timeout=openai.Timeout(seconds, connect=self._connect_seconds))
+        try:
+            return await once.get("/models", cast_to=object)
+        except openai.APITimeoutError:
+            raise
+        except openai.APIError:
+            # It may be about to start, or busy.
+            return await self.client.get("/models", cast_to=object)
+
     def _find_model(self) -> dict[str, Any]:
         """Return the entry of the model in the server's list."""
         import openai
 
         wanted = self.address.model
         try:
-            listing = self.wait(_awaited(self.client.get("/models", cast_to=object)))
+            listing = self.wait(self._listing())
         except openai.NotFoundError:
             if wanted is not None:
                 return {"id": wanted}
@@ -256,7 +277,7 @@ class Server:
                 "usually ends in /v1; name the model behind a # if the server has no list"
             ) from None
         except Exception as error:
-            raise self.told(error) from None
+            raise self.told(error, silence=min(_LIST_SECONDS, self.timeout)) from None
         data = listing.get("data") if isinstance(listing, dict) else None
         if not isinstance(data, list):
             raise UserError(
@@ -322,22 +343,39 @@ class Server:
             raise UserError(f"{self.address.root}/tokenize gave no tokens: update the server")
         return [int(token) for token in tokens]
 
-    def told(self, error: BaseException) -> UserError:
-        """Return what an error of the client means to the user, without the key."""
+    def told(self, error: BaseException, *, tokens: int = 0, silence: float | None = None) -> UserError:
+        """Return what an error of the client means to the user, without the key.
+
+        Args:
+            error: What it raised.
+            tokens: That had come of what was asked for.
+            silence: Seconds after which it gave up waiting for an answer; the usual ones if None.
+        """
         import openai
 
         where = f"{self.address.base}"
+        silence = self.timeout if silence is None else silence
         if isinstance(error, UserError):
             return error
+        if tokens and (gone := self._gone(error)) is not None:
+            return UserError(
+                f"the connection to {where} broke off after {tokens:,} token{'s'[: tokens != 1]}{gone}: look at the "
+                "server's log, and start it again if it has ended"
+            )
         if isinstance(error, Cut) and not isinstance(error.__cause__, openai.APITimeoutError):
             return UserError(f"{where} breaks its answers off ({error}): look at its log")
         error = error.__cause__ if isinstance(error, Cut) and error.__cause__ is not None else error
-        if isinstance(error, openai.APITimeoutError) or type(error).__name__.endswith("Timeout"):
+        if _is_unreachable(error):
             return UserError(
-                f"{where} said nothing for {self.timeout:g} s: it is overloaded or stuck; look at its log, ask for "
-                "fewer trajectories or tokens, or allow more time"
+                f"nothing at {where} takes a connection within {self._connect_seconds:g} s: the address is wrong, the "
+                f"machine is off, or a firewall or VPN is in between; correct the address, or {_START}"
             )
-        if isinstance(error, openai.APIConnectionError) or is_transport(error):
+        if _is_timeout(error):
+            return UserError(
+                f"{where} said nothing for {silence:g} s: it is overloaded or stuck, or no such server; look at its "
+                "log, ask for fewer trajectories or tokens, or allow more time"
+            )
+        if _is_connection(error):
             return UserError(f"no server answers at {where} ({self._reason(error)}): {_START}, or correct the address")
         if not isinstance(error, openai.APIError):
             return UserError(f"{where} gave an answer that cannot be read ({type(error).__name__}): update the server")
@@ -359,6 +397,25 @@ class Server:
             return UserError(f"{where} failed ({message}): look at its log")
         return UserError(f"{where} refuses the request ({message}): leave out what it does not know")
 
+    def _gone(self, error: BaseException) -> str | None:
+        """Return how a server that had begun an answer failed to go on; None if it refuses to, with its reason."""
+        if isinstance(error, Other):
+            return ", and the server gave another answer when it was asked again"
+        if isinstance(error, Cut):
+            if error.__cause__ is None or not _is_timeout(error.__cause__):
+                return f", and again each time it was made anew ({error})"
+            error = error.__cause__
+        if _is_unreachable(error):
+            return f", and a new one is not taken within {self._connect_seconds:g} s"
+        if _is_timeout(error):
+            return f" and nothing more for {self.timeout:g} s"
+        if _is_connection(error):
+            return f", and cannot be made again ({self._reason(error)})"
+        status = getattr(error, "status_code", None)
+        if status is not None and status >= 500:
+            return f", and the server then failed ({self.scrub(_message(error))})"
+        return None
+
     def scrub(self, text: str) -> str:
         """Return a text without the key."""
         return text.replace(self._key, "***") if self._key else text
@@ -367,6 +424,9 @@ class Server:
         """Return the innermost cause of an error in a few words."""
         while error.__cause__ is not None or error.__context__ is not None:
             error = error.__cause__ or error.__context__ or error
+        if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+            # asyncio's own words say that a call failed, and not why.
+            return os.strerror(error.errno)
         return self.scrub(str(error).strip() or type(error).__name__)
 
     def close(self) -> None:
@@ -407,6 +467,23 @@ async def _shut(client: Any) -> None:
 def is_transport(error: BaseException) -> bool:
     """Return whether an error is of the HTTP library under the client: some versions pass those of a stream on."""
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
+
+
+def _is_timeout(error: BaseException) -> bool:
+    import openai
+
+    return isinstance(error, openai.APITimeoutError) or type(error).__name__.endswith("Timeout")
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Return whether no connection was taken in time, rather than no answer given."""
+    return "ConnectTimeout" in (type(error).__name__, type(error.__cause__).__name__)
+
+
+def _is_connection(error: BaseException) -> bool:
+    import openai
+
+    return isinstance(error, openai.APIConnectionError) or is_transport(error)
 
 
 def _message(error: Any) -> str:

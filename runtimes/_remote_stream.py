@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from qad.runtimes._remote_server import LLAMA_CPP_PYTHON, Cut, Server, is_transport
+from qad.runtimes._remote_server import LLAMA_CPP_PYTHON, Cut, Other, Server, is_transport
 from qad.runtimes._sampling import Sampling
 
 # Servers take any seed of 31 bits.
@@ -439,10 +439,6 @@ class Flow:
                 raise
         except openai.APIError:
             return
-
-
-class Other(Exception):
-    """A server gave another answer when it was asked for the same one again."""
 
 
 def _seen(known: list[Given], tokens: Sequence[Given]) -> int:

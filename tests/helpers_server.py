@@ -87,6 +87,8 @@ class Script:
         context: Most tokens.
         pause: Seconds before each token.
         dead: Every stream breaks and every request fails.
+        loading: How many requests for the list of models are answered that the model is not loaded yet.
+        shift: Added to seeds: the model answers otherwise.
         faults: Of the next requests, one each; None for none.
         bodies: Of the requests for answers.
         keys: Their Authorization.
@@ -102,6 +104,8 @@ class Script:
     context: int | None = None
     pause: float = 0.0
     dead: bool = False
+    loading: int = 0
+    shift: int = 0
     faults: deque[Fault | None] = field(default_factory=deque)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
@@ -129,6 +133,9 @@ class Script:
     async def _list(self, request: Request) -> Response:
         if (refusal := self._refusal(request)) is not None:
             return refusal
+        if self.loading:
+            self.loading -= 1
+            return JSONResponse({"error": {"message": "Loading model"}}, 503)
         entries = [{"id": name, "object": "model", "owned_by": self.owner} for name in self.models]
         if self.context is not None:
             entries = [entry | {"max_model_len": self.context} for entry in entries]
@@ -169,7 +176,7 @@ class Script:
     ) -> AsyncIterator[str]:
         n = body.get("n", 1) if self.several else 1
         end = not body.get("ignore_eos", False)
-        made = [answer(prompt, body["seed"] + index, body["max_tokens"], end) for index in range(n)]
+        made = [answer(prompt, body["seed"] + self.shift + index, body["max_tokens"], end) for index in range(n)]
         sent = 0
         try:
             for place in range(max(len(tokens) for tokens, _ in made) + 1):

@@ -1,5 +1,6 @@
 """Servers as runtimes: real ones, and a real one that fails as it is told to (``tests/helpers_server.py``)."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ import time
 import urllib.request
 from collections import deque
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 
 from qad import export
 from qad.agreement import log_softmax
+from qad.answer import answer as show
 from qad.bench import EXTRAS, KEYS, bench_command
 from qad.errors import UserError
 from qad.runtimes import Lost, Sampling, Step, Trajectory, format_of, llamacpp, open_model, remote, runtime_for
@@ -196,9 +199,34 @@ def test_what_came_before_a_server_died_is_kept() -> None:
             assert one.reason == ("stop" if one.index == shortest else "lost")
             assert one.text == text_of(tokens[: len(one.tokens)])
             assert len(one.tokens) >= lengths[shortest] - 2
+        received = sum(len(one.tokens) for one in caught.value.trajectories if one.reason == "lost")
+        assert f"{url} broke off after {received} tokens, and the server then failed (503" in str(caught.value)
         # A server that comes back serves the same session.
         script.dead = False
         check(session.sample(prompt, 4, HOT, new_tokens=30), QUESTION + "?", 30)
+
+
+def test_what_was_shown_of_a_broken_answer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    gone = Fault(503, {"Retry-After": "0.01"}, message="restarting")
+    script = Script(faults=deque([Fault(after=5), *[gone] * 5]))
+    greedy = Sampling(temperature=0.0, top_p=1.0)
+    with (
+        serving(script) as url,
+        pytest.raises(UserError, match=r"after 5 tokens, and the .* \(503 restarting\).*; the text above is what came"),
+    ):
+        show(Path(url), QUESTION, new_tokens=30, temperature=0.0, top_p=1.0, top_k=0, seed=0, threads=None)
+    assert capsys.readouterr().out == text_of(expected(QUESTION + "?", 0, 30, greedy)[0][:5]) + "\n"
+
+
+def test_another_answer_than_the_one_that_was_broken_off() -> None:
+    script = Script(faults=deque([Fault(after=5)]))
+
+    def change(step: Step) -> None:
+        script.shift = 1
+
+    told = "broke off after 5 tokens, and the server gave another answer when it was asked again"
+    with serving(script) as url, remote.open(url, retries=1) as session, pytest.raises(Lost, match=told):
+        session.sample(session.chat_prompt(QUESTION), 1, HOT, new_tokens=14, on_token=change)
 
 
 def test_servers_that_know_less() -> None:
@@ -322,6 +350,37 @@ def test_servers_that_cannot_be_used() -> None:
             open_model(url, kv_type="q8_0")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse what does not fit a full queue")
+def test_addresses_where_nothing_is() -> None:
+    with contextlib.ExitStack() as stack:
+        # What listens and takes nobody: its queue is full, and Linux lets further connections wait unanswered.
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=9))
+        for server, message in (
+            (
+                full,
+                "takes a connection within 0.5 s: the address is wrong, .* firewall .*; correct the address, or start",
+            ),
+            (silent, "said nothing for 0.5 s: it is overloaded or stuck, or no such server"),
+        ):
+            began = time.perf_counter()
+            with pytest.raises(UserError, match=message):
+                remote.open(f"http://127.0.0.1:{server.getsockname()[1]}/v1", timeout=0.5)
+            # Asked once: such an address is not asked again and again.
+            assert time.perf_counter() - began < 2
+
+
+def test_a_server_that_starts_is_waited_for() -> None:
+    script = Script(loading=2)
+    with serving(script) as url, remote.open(url) as session:
+        check(session.sample(session.chat_prompt(QUESTION), 1, HOT, new_tokens=5), QUESTION + "?", 5)
+    assert script.loading == 0
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -350,9 +409,17 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run / "tiny.gguf"
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server's process and its URL."""
+
+    process: "subprocess.Popen[bytes]"
+    url: str
+
+
 @pytest.fixture(scope="module")
-def python_server(gguf: Path) -> Iterator[str]:
-    """Run llama_cpp.server; yield its URL."""
+def python_server(gguf: Path) -> Iterator[Running]:
+    """Run llama_cpp.server."""
     pytest.importorskip("llama_cpp.server.app", reason="llama-cpp-python[server] is not installed")
     port = free_port()
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--port", str(port), "--n_ctx", "256"]
@@ -360,13 +427,13 @@ def python_server(gguf: Path) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             wait_for(f"http://127.0.0.1:{port}/v1/models", process)
-            yield f"http://127.0.0.1:{port}/v1"
+            yield Running(process, f"http://127.0.0.1:{port}/v1")
         finally:
             process.kill()
 
 
-def test_llama_cpp_python_server(python_server: str, gguf: Path) -> None:
-    with open_model(python_server) as session, llamacpp.open(gguf, threads=1) as local:
+def test_llama_cpp_python_server(python_server: Running, gguf: Path) -> None:
+    with open_model(python_server.url) as session, llamacpp.open(gguf, threads=1) as local:
         assert isinstance(session, remote.RemoteSession)
         assert session.kind == "llama_cpp.server"
         prompt = session.chat_prompt("Is it?")
@@ -392,6 +459,28 @@ def test_llama_cpp_python_server(python_server: str, gguf: Path) -> None:
             session.sample(session.tokenize("one two three four " * 80), 1, new_tokens=4)
         plain = session.sample(session.tokenize("Is it?"), 2, HOT, new_tokens=5)
         assert all(one.tokens for one in plain)
+
+
+def test_a_server_that_is_killed_in_the_middle_of_an_answer(python_server: Running) -> None:
+    # The last test of this server.
+    def kill(step: Step) -> None:
+        python_server.process.kill()
+        python_server.process.wait()
+
+    with remote.open(python_server.url, retries=1) as session:
+        prompt = session.chat_prompt("Is it?")
+        with pytest.raises(Lost) as caught:
+            session.sample(prompt, 2, HOT, new_tokens=200, ignore_end=True, on_token=kill)
+        begun, other = caught.value.trajectories
+        assert (begun.reason, other.reason, other.tokens) == ("lost", "lost", [])
+        assert 1 <= len(begun.tokens) < 200
+        count = f"{len(begun.tokens)} token{'s'[: len(begun.tokens) != 1]}"
+        told = f"the connection to {python_server.url} broke off after {count}, and cannot be made again"
+        assert str(caught.value).startswith(f"{told} (Connection refused): look at the server's log")
+        assert str(caught.value).endswith("; 0 of 2 answers were whole by then")
+        # Nothing came of an answer that is asked for now.
+        with pytest.raises(UserError, match=r"no server answers at .* \(Connection refused\): start one"):
+            list(session.stream(prompt, 5))
 
 
 @pytest.fixture(scope="module")
