@@ -147,6 +147,14 @@ class Exporter(Protocol):
         """
         ...
 
+    def check_place(self, artifact: Artifact, path: Path) -> None:
+        """Check that nothing stands where an artifact is to be written, or an earlier export and nothing else.
+
+        Raises:
+            UserError: Something else does, or lies in the folder that would be replaced.
+        """
+        ...
+
     def write(self, artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> Mapping[str, Rounding]:
         """Write an artifact's codes and scales, whole or not at all.
 

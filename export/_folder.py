@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,19 @@ from qad.hf_tokenizer import one_line
 
 # Written anew, or read by nobody but qad.
 _OWN_FILES = {"artifact.json", "weights.safetensors", "config.json", "generation_config.json"}
+# Files that tokenizers of transformers consist of: an earlier export may have come from a run with another one.
+_TOKENIZER_FILES = {
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+}
 
 
 def copy_companions(artifact: Artifact, tokenizer: Any, folder: Path) -> None:
@@ -51,7 +65,13 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def check_target(artifact: Artifact, folder: Path, run_hash: Callable[[Path], str | None], format: str) -> None:  # noqa: A002
+def check_target(
+    artifact: Artifact,
+    folder: Path,
+    run_hash: Callable[[Path], str | None],
+    format: str,  # noqa: A002
+    files: Iterable[str],
+) -> None:
     """Check that replacing a folder destroys nothing but an earlier export.
 
     Args:
@@ -59,10 +79,13 @@ def check_target(artifact: Artifact, folder: Path, run_hash: Callable[[Path], st
         folder: Where.
         run_hash: Returns the run that an export of the format comes from.
         format: What the message calls the format.
+        files: Patterns of the names that the format gives to its own files.
 
     Raises:
-        UserError: It holds something else.
+        UserError: It is a file, or holds something else.
     """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, and {format} is a folder: name it otherwise with -o")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     try:
@@ -71,3 +94,15 @@ def check_target(artifact: Artifact, folder: Path, run_hash: Callable[[Path], st
         ours = False
     if not ours or artifact.folder.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{folder} holds something that is no {format} export of qad: name another folder with -o")
+    known = _TOKENIZER_FILES | {file.name for file in artifact.folder.iterdir()}
+    others = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if not entry.is_file() or not (entry.name in known or any(fnmatchcase(entry.name, name) for name in files))
+    )
+    if others:
+        listed = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise UserError(
+            f"{folder} is an earlier export and would be replaced, but {listed} in it did not come from qad: "
+            "move that elsewhere, or name another folder with -o"
+        )

@@ -172,6 +172,18 @@ def check(artifact: Artifact) -> None:
     _checked_names(artifact)
 
 
+def check_place(artifact: Artifact, path: Path) -> None:
+    """Check that a file may be replaced; see ``qad.export.Exporter``."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        ours = run_hash(path) is not None
+    except UserError:
+        ours = False
+    if not ours:
+        raise UserError(f"{path} was not exported by qad: delete it, or name another place with -o")
+
+
 def write(artifact: Artifact, path: Path, on_progress: OnProgress | None = None) -> dict[str, Rounding]:
     """Write an artifact as a GGUF file, whole or not at all.
 

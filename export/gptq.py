@@ -125,6 +125,11 @@ def check(artifact: Artifact) -> None:
     _check(artifact)
 
 
+def check_place(artifact: Artifact, path: Path) -> None:
+    """Check that a folder may be replaced; see ``qad.export.Exporter``."""
+    check_target(artifact, path, run_hash, "GPTQ", ("*config.json", "model*.safetensors", _INDEX))
+
+
 def _others(artifact: Artifact) -> list[str]:
     return [name for name in formats_that_carry(artifact) if name != "gptq"]
 
@@ -297,7 +302,7 @@ def write(
             else, or a full disk.
     """
     grid = _check(artifact)
-    check_target(artifact, path, run_hash, "GPTQ")
+    check_place(artifact, path)
     tokenizer = read_tokenizer(artifact.folder).tokenizer
     roundings: dict[str, Rounding] = {}
     stored = _plan(artifact, grid, roundings)

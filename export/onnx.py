@@ -62,6 +62,11 @@ def check(artifact: Artifact) -> None:
         )
 
 
+def check_place(artifact: Artifact, path: Path) -> None:
+    """Check that a folder may be replaced; see ``qad.export.Exporter``."""
+    check_target(artifact, path, run_hash, "ONNX", ("*config.json", "*.onnx", "*.onnx.data"))
+
+
 def check_options(
     target: str = "cpu", accuracy_level: int | None = None, wide_inputs: str | None = None
 ) -> tuple[int, str]:
@@ -114,7 +119,7 @@ def write(
     """
     level, wide_inputs = check_options(target, accuracy_level, wide_inputs)
     check(artifact)
-    check_target(artifact, path, run_hash, "ONNX")
+    check_place(artifact, path)
     tokenizer = load_tokenizer(str(artifact.folder))
     # Imported here: they load the libraries of the extra.
     from qad.export._onnx_graph import build_graph

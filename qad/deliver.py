@@ -67,15 +67,13 @@ def _target(exporter: Exporter, name: str, run: Path, output: Path | None, sever
     """Return where a format goes.
 
     Raises:
-        UserError: A file named in a way that no reader of the format would take, or one that qad did not write.
+        UserError: A file named in a way that no reader of the format would take.
     """
     if output is None or several:
         target = (output or run) / f"student{exporter.SUFFIX}"
     else:
         _check_ending(exporter, name, output)
         target = output
-    if target.is_file() and target.stat().st_size and not _is_export(exporter, target):
-        raise UserError(f"{target} was not exported by qad: delete it, or name another place with -o")
     return target
 
 
@@ -86,14 +84,6 @@ def _check_ending(exporter: Exporter, name: str, output: Path) -> None:
         raise UserError(f"{output} does not end in {exporter.SUFFIX}, by which every reader of {name} files knows them")
     if exporter.SUFFIX not in endings and ending in endings:
         raise UserError(f"{output} ends like a {ending[1:]} file, and {name} is a folder: name it otherwise with -o")
-
-
-def _is_export(exporter: Exporter, file: Path) -> bool:
-    """Return whether a file says of itself that it was exported from a run: the only ones that are replaced."""
-    try:
-        return exporter.run_hash(file) is not None
-    except UserError:
-        return False
 
 
 def _files(path: Path) -> list[Path]:
@@ -162,6 +152,7 @@ def _jobs(
     for name in formats:
         exporter = export.get(name)
         target = _target(exporter, name, run, output, len(formats) > 1)
+        exporter.check_place(artifact, target)
         try:
             exporter.check(artifact)
         except UserError as error:

@@ -89,6 +89,23 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, several: bool) -
         export_command(tmp_path / "run", "gguf", file, requantize=False)
 
 
+@pytest.mark.parametrize("format", ["gptq", "onnx"])  # the last one, so that the GGUF file would have been written
+def test_somebody_s_own_file_in_an_earlier_export_is_kept(tmp_path: Path, format: str) -> None:  # noqa: A002
+    if format == "onnx":
+        pytest.importorskip("onnxruntime_genai", reason="ONNX Runtime GenAI is not installed")
+    make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    out = tmp_path / "out"
+    export_command(tmp_path / "run", f"gguf,{format}", out, requantize=False)
+    export_command(tmp_path / "run", f"gguf,{format}", out, requantize=False)
+    notes = out / f"student-{format}" / "notes.txt"
+    notes.write_text("mine")
+    (out / "student.gguf").unlink()
+    with pytest.raises(UserError, match=r"notes\.txt in it did not come from qad: move that elsewhere"):
+        export_command(tmp_path / "run", f"gguf,{format}", out, requantize=False)
+    assert notes.read_text() == "mine"
+    assert not (out / "student.gguf").exists()
+
+
 @pytest.mark.parametrize(
     ("formats", "name", "message"),
     [
@@ -144,11 +161,12 @@ def test_an_old_manifest_does_not_outlive_what_it_describes(tmp_path: Path) -> N
     make_artifact(tmp_path / "run", "llama-tied", **SMALL)
     out = tmp_path / "out"
     export_command(tmp_path / "run", "gguf,gptq", out, requantize=False)
-    (out / "student-gptq" / "config.json").unlink()
-    (out / "student-gptq" / "quantize_config.json").unlink()  # now it is somebody else's folder, and not replaced
-    with pytest.raises(UserError, match="no GPTQ export"):
+    settings = tmp_path / "run" / "artifact" / "generation_config.json"
+    settings.write_text("{")  # no GGUF file holds it
+    with pytest.raises(UserError, match="cannot be read"):
         export_command(tmp_path / "run", "gguf,gptq", out, requantize=False)
     assert not (out / MANIFEST).exists()
+    settings.unlink()
     assert verify(tmp_path / "run", out / "student.gguf").ok
 
 

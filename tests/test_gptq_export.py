@@ -390,9 +390,9 @@ def test_full_disk_keeps_the_previous_folder(small_disk: Path, tmp_path: Path) -
 
 def test_an_earlier_export_is_replaced_and_nothing_else(fresh: Exported, tmp_path: Path) -> None:
     artifact, folder = fresh()
-    (folder / "stale.safetensors").write_bytes(b"")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
     EXPORTER.write(artifact, folder)
-    assert not (folder / "stale.safetensors").exists()
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     foreign = tmp_path / "foreign"
