@@ -119,6 +119,8 @@ def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
     save_plan(plan, run, student, console)
     cache = _teacher_cache(recipe, run, teacher, student, train_rows, console)
     checkpoint = last_checkpoint(run)
+    if checkpoint is not None:
+        console.print(f"continuing after step {checkpoint_step(checkpoint)} of {recipe.steps}", highlight=False)
     # Without a teacher the first row of the table is the model itself, before anything is rounded.
     fresh = not (taught and (run / "rounded.json").exists())
     untrained = copy.deepcopy(student) if fresh else student

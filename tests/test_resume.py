@@ -1,5 +1,6 @@
 """A run that was killed, at any moment and as often as one likes, ends with the bytes of a run that was not."""
 
+import io
 import json
 import os
 import random
@@ -165,7 +166,11 @@ def test_every_kind_of_run_resumes(case: str, tmp_path: Path, monkeypatch: pytes
     distill(recipe, tmp_path / "whole", resume=False, console=Console(quiet=True))
     for stop, late in ((recipe.steps // 2, True), (recipe.steps - 1, False)):
         interrupted(recipe, tmp_path / "stopped", stop, monkeypatch, late=late and recipe.micro_batch < 4)
-    distill(recipe, tmp_path / "stopped", resume=True, console=Console(quiet=True))
+    told = io.StringIO()
+    distill(recipe, tmp_path / "stopped", resume=True, console=Console(file=told))
+    every = recipe.save_every
+    kept = (recipe.steps - 1) // every * every if every else 0
+    assert (f"continuing after step {kept} of {recipe.steps}" in told.getvalue()) == bool(kept)
     check_same(tmp_path / "stopped", tmp_path / "whole")
 
 
