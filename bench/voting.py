@@ -39,7 +39,6 @@ from qad.artifact import open_artifact
 from qad.data.worked import EVALUATED, worked_rows
 from qad.distill import distill
 from qad.evals.compare import paired
-from qad.evals.item_results import voted_answer
 from qad.evals.metrics import metrics_of, values_of
 from qad.evals.runner import Asking, Model, run_task
 from qad.evals.samples import SampleFile
@@ -159,7 +158,7 @@ def judge(model: Model, name: str, options: argparse.Namespace, folder: Path, co
     agreed, tokens, full, decided = [], [], [], []
     for item in task.items:
         samples = stored[item.id]
-        voted = vote([voted_answer(one, task.kind) for one in samples], task.kind).answer
+        voted = vote([one.answer for one in samples], task.kind).answer
         thought = think(
             model.session, item.prompt, dataclasses.replace(early, sampling=asking.of(item)), kind=task.kind
         )

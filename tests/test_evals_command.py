@@ -1,6 +1,7 @@
 """``qad eval`` as it is typed: what it prints and writes, on tiny models whose answers are known beforehand."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typer.testing import CliRunner
 
 from qad.cli import app
 from qad.errors import UserError
-from qad.evals import results
+from qad.evals import results, sandbox
 from qad.evals.command import file_of, short_names
 from qad.evals.compare import compare
-from qad.evals.metrics import metrics_of
+from qad.evals.metrics import CHOSEN, metrics_of
 from qad.evals.plots import reliability_plot
-from qad.runtimes import GREEDY, open_model
+from qad.runtimes import GREEDY, Trajectory, open_model
 from tests.helpers_models import make_artifact, verify_text
 
 PROMPTS = [f"Say {index} and {index * 7}." for index in range(8)]
@@ -34,15 +35,28 @@ def invoke(*arguments: str, code: int = 0) -> str:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return runs: a teacher, and a student of other weights."""
     folder = tmp_path_factory.mktemp("models")
-    made = {"teacher": folder / "teacher", "student": folder / "student"}
-    make_artifact(made["teacher"], "llama-tied", hidden_size=384)
-    make_artifact(made["student"], "llama-tied")
-    return made
+    return {
+        "teacher": ending(folder / "teacher", hidden_size=384),
+        "student": ending(folder / "student"),
+    }
 
 
-def greedy(model: Path) -> list[str]:
+def ending(folder: Path, **changes: Any) -> Path:
+    """Save a model of random weights that ends each of its greedy answers by itself, and return its folder."""
+    endless = folder.with_name(f"{folder.name}-endless")
+    make_artifact(endless, "llama-tied", eos_token_id=[0], **changes)
+    answers = [one.tokens for one in greedy(endless)]
+    # What comes late in each is made a token that ends a text, unless another one begins with it.
+    early = {token for tokens in answers for token in tokens[:2]}
+    ends = {next(token for token in reversed(tokens) if token not in early) for tokens in answers}
+    make_artifact(folder, "llama-tied", eos_token_id=sorted(ends), **changes)
+    assert {one.reason for one in greedy(folder)} == {"stop"}
+    return folder
+
+
+def greedy(model: Path) -> list[Trajectory]:
     with open_model(model, threads=1) as session:
-        return [session.sample(session.chat_prompt(one), 1, GREEDY, new_tokens=NEW)[0].text for one in PROMPTS]
+        return [session.sample(session.chat_prompt(one), 1, GREEDY, new_tokens=NEW)[0] for one in PROMPTS]
 
 
 def save_task(file: Path, solutions: list[str], **columns: Any) -> str:
@@ -58,7 +72,7 @@ def save_task(file: Path, solutions: list[str], **columns: Any) -> str:
 def evaluated(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
     """Return the JSON and the printed text of two models on two tasks, and the folder."""
     folder = tmp_path_factory.mktemp("evaluated")
-    theirs, ours = greedy(models["teacher"]), greedy(models["student"])
+    theirs, ours = ([one.text for one in greedy(models[name])] for name in ("teacher", "student"))
     assert all(text.strip() for text in (*theirs, *ours))
     assert len(set(theirs)) > 6
     assert not set(theirs) & set(ours)
@@ -236,6 +250,70 @@ def test_a_seeds_sampling_is_the_same_for_every_model_and_another_for_every_item
     )
     assert one == two
     assert len(set(one)) > 6
+
+
+def test_texts_that_were_cut_off_have_no_answer_and_the_evaluation_says_so(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    new = 2
+    with open_model(models["student"], threads=1) as session:
+        cut = [session.sample(session.chat_prompt(one), 1, GREEDY, new_tokens=new)[0] for one in PROMPTS]
+    assert {one.reason for one in cut} == {"length"}
+    task = save_task(tmp_path / "cut.jsonl", [one.text for one in cut], task=None)
+    common = ("--new-tokens", str(new), "--threads", "1", "-o", str(tmp_path / "samples"))
+    arguments = (str(models["student"]), "--task", task, "--k", "2", "--methods", "vote,weighted,best,deliberate")
+    out = invoke(*arguments, "--temperature", "0.01", *common, "--json", str(tmp_path / "cut.json"))
+    (row,) = json.loads((tmp_path / "cut.json").read_text())["rows"]
+    # Each of them is its item's solution, word for word.
+    assert {row["metrics"][name]["value"] for name in row["metrics"] if name != "format"} == {0.0}
+    assert {item["share"] for item in row["per_item"]} == {0.0}
+    assert row["calibration"] == {}
+    assert row["failures"]["cells"][0]["wrong"] == 8
+    said = " ".join(out.split())
+    assert "8 of 8 rows have no `task`: compared as text" in said
+    assert row["cut_off"] == {"answers": 1.0, "unanswered": 1.0}
+    assert "100% of the answers were cut off before they marked an answer and count as wrong" in said
+    assert re.search(r"^cut .* 100 +100 +\d+ +2\.00 ", out, re.MULTILINE), "the columns form and cut"
+    # Every way that was asked for is shown, in words too.
+    for name, meaning in (
+        ("V@2", "V: vote;"),
+        ("W@2", "W: vote weighted"),
+        ("B@2", "B: best"),
+        ("HM@2", "HM: mean of"),
+    ):
+        assert name in out
+        assert meaning in said
+    assert max(len(line) for line in out.splitlines() if not line.startswith("cut: ")) <= 80
+
+
+def test_results_of_other_rules_are_not_compared(evaluated: tuple[dict[str, Any], str, Path], tmp_path: Path) -> None:
+    values = {**evaluated[0], "judging": 1}
+    for old in (values, {name: value for name, value in values.items() if name != "judging"}):
+        (tmp_path / "old.json").write_text(json.dumps(old))
+        with pytest.raises(UserError, match="judged by the rules of another qad: give the `qad eval` that made it"):
+            invoke("--compare", str(tmp_path / "old.json"))
+
+
+def test_programs_have_no_most_frequent_answer(models: dict[str, Path], tmp_path: Path) -> None:
+    if reason := sandbox.refusal():
+        pytest.skip(reason)
+    task = save_task(tmp_path / "code.jsonl", ["x = 1"] * 8, task="code", meta={"tests": "assert x == 1"})
+    out = invoke(
+        *(str(models["student"]), "--task", task, "--k", "1", "--new-tokens", "1", "--threads", "1", "--limit", "2"),
+        *("-o", str(tmp_path / "samples"), "--json", str(tmp_path / "code.json")),
+    )
+    (row,) = json.loads((tmp_path / "code.json").read_text())["rows"]
+    assert row["baseline"] is None
+    assert row["failures"]["chance"] is None
+    line = next(line for line in out.splitlines() if line.startswith("code "))
+    assert " - " in line
+
+
+def test_the_manual_names_every_metric() -> None:
+    manual = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = manual.split("\n## Evaluation\n")[1].split("\n## ")[0]
+    for name in ("accuracy", "M@K", "P@K", *CHOSEN.values(), "HM@K", "HP@K", "form", "base"):
+        assert re.search(rf"^\| `{name}`", section, re.MULTILINE), name
 
 
 def test_names_stay_apart(tmp_path: Path) -> None:

@@ -12,15 +12,17 @@ _ids = itertools.count()
 
 
 def item(
-    correct: str, *, level: int | None = 1, vote: bool | None = None, form: str = "", name: str = ""
+    correct: str, *, level: int | None = 1, vote: bool | None = None, form: str = "", name: str = "", cut: str = ""
 ) -> ItemResult:
-    """Return an item whose trajectories are right at an x and lack the form at a dash."""
+    """Return an item whose trajectories are right at an x, lack the form at a dash and were cut off at a bar."""
     right = tuple(letter == "x" for letter in correct)
     return ItemResult(
         id=name or f"item {next(_ids)}",
         item="",
         level=level,
         correct=right,
+        answered=(True,) * len(right),
+        cut_off=tuple(letter == "|" for letter in cut or correct),
         format_ok=tuple(letter != "-" for letter in form or correct),
         n_tokens=(5,) * len(right),
         mean_logprobs=(None,) * len(right),
@@ -36,6 +38,9 @@ def causes(items: list[ItemResult], **options: object) -> list[tuple[str, str]]:
 def test_the_form_comes_first() -> None:
     wrong = item("x---", vote=False)
     assert causes([wrong], trained=True) == [("format", "3 of 4 without the form asked for")]
+    # Then it is not the form that has to be taught.
+    cut = item("x---", vote=False, cut=".||.")
+    assert causes([cut], trained=True) == [("format", "3 of 4 without the form asked for, 2 cut off")]
     # Half of them are not most.
     assert causes([item("xx--", vote=False)], trained=True)[0][0] == "mismatch"
 

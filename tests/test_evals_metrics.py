@@ -14,7 +14,16 @@ from qad.errors import UserError
 from qad.evals import compare as comparing
 from qad.evals.extras import needed
 from qad.evals.intervals import bootstrap_mean, difference_of_means, mean_share, wilson
-from qad.evals.metrics import ItemResult, by_level, costs_of, majority_baseline, metrics_of, pass_at_k, pass_curve
+from qad.evals.metrics import (
+    ItemResult,
+    by_level,
+    costs_of,
+    cut_off,
+    majority_baseline,
+    metrics_of,
+    pass_at_k,
+    pass_curve,
+)
 
 
 def result(correct: str, *, item: str = "q", level: int | None = None, **changes: object) -> ItemResult:
@@ -25,6 +34,8 @@ def result(correct: str, *, item: str = "q", level: int | None = None, **changes
         "item": "1234",
         "level": level,
         "correct": right,
+        "answered": (True,) * len(right),
+        "cut_off": (False,) * len(right),
         "format_ok": (True,) * len(right),
         "n_tokens": (10,) * len(right),
         "mean_logprobs": (-0.5,) * len(right),
@@ -134,6 +145,8 @@ def test_metrics_worked_by_hand() -> None:
         "seconds_per_item": pytest.approx(2.0 + 1.0),
     }
     assert metrics_of(items)["accuracy"].interval == "wilson"
+    ends = [result("x.", cut_off=(True, True), answered=(True, False)), result("..", answered=(False, True))]
+    assert cut_off(ends) == {"answers": 2 / 4, "unanswered": 1 / 4}
     assert metrics_of(items)["M@K"].interval == "bootstrap"
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from qad.errors import UserError
-from qad.evals.item_results import read_results, result_of
+from qad.evals.item_results import read_results, representative, result_of
 from qad.evals.results import load
 from qad.evals.runner import Asking, Model, run_task
 from qad.evals.samples import Rows, Sample, SampleFile, Setting, fingerprint
-from qad.evals.task import Item, Task
+from qad.evals.task import JUDGING, Item, Task
 from qad.evals.tasks import load as load_task
 from qad.runtimes import Sampling, remote
 from tests.helpers_models import make_artifact
@@ -48,6 +48,7 @@ def sample(item: Item, index: int, *, k: int = 2, correct: bool = True, **change
         "reason": "stop",
         "seconds": 0.5,
         "item": fingerprint(item),
+        "judged": f"{JUDGING} math",
     }
     return Sample(**(fields | changes))
 
@@ -71,7 +72,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     # The columns that others read.
     assert list(rows[0]) == [
         *("id", "task", "model", "k", "index", "text", "answer", "correct", "format_ok", "detail", "level", "n_tokens"),
-        *("mean_logprob", "lowest_window_logprob", "reason", "seconds", "item"),
+        *("mean_logprob", "lowest_window_logprob", "reason", "seconds", "item", "judged"),
     ]
 
 
@@ -215,22 +216,110 @@ def test_votes_of_stored_samples() -> None:
         sample(item, 0, k=4, correct=False, lowest_window_logprob=-0.1),
         sample(item, 1, k=4, correct=True, lowest_window_logprob=-3.0),
         sample(item, 2, k=4, correct=True, answer="6.0", lowest_window_logprob=-3.0),
-        # Cut off: what looks like an answer is none.
-        sample(item, 3, k=4, correct=False, text="so far 0", reason="length", lowest_window_logprob=-0.01),
+        # Cut off before an answer: it votes for none and is not the best, however sure.
+        sample(item, 3, k=4, correct=False, answer=None, reason="length", lowest_window_logprob=-0.01),
     ]
     found = result_of(made, (), "math")
     # Two for 6, one for 0; by weight 0 has e^-0.1 against 2 e^-3.
     assert found.chosen == {"vote": True, "weighted": False, "best": False}
     assert found.share == 0.5
+    assert (found.answered, found.cut_off) == ((True, True, True, False), (False, False, False, True))
     assert found.seconds == 0.5
     assert result_of(made, (), None).chosen == {"best": False}
     # Nobody has an answer to vote for: as `qad think`, the most confident text counts.
-    cut = [replace(one, text="so far 6", reason="length", correct=one.index == 3) for one in made]
-    assert result_of(cut, (), "math").chosen == {"vote": True, "weighted": True, "best": True}
+    cut = [replace(one, answer=None, reason="length", correct=False) for one in made]
+    assert result_of(cut, (), "math").chosen == {"vote": False, "weighted": False, "best": False}
     assert result_of(cut, (), "math").share == 0.0
-    assert result_of(cut[1:2], (), "math").chosen["vote"] is False
+    assert [representative(cut, kind).index for kind in ("math", None)] == [3, 0]
+    # The best ended by itself, then has an answer, then is sure: as `qad think` has it.
+    ended = [replace(one, answer=None) for one in made[:3]]
+    assert result_of([*ended[:2], made[2], made[3]], (), "math").chosen["best"] is True
+    assert representative([*ended, replace(made[3], answer="6")], "math").index == 3
+    assert result_of([*ended, replace(made[3], answer="6", correct=True)], (), None).chosen["best"] is False
     unknown = [replace(one, lowest_window_logprob=None) for one in made]
     assert set(result_of(unknown, (), "math").chosen) == {"vote"}
+
+
+def old_run(path: Path, task: Task) -> None:
+    """Write a file as a qad with other rules made it, which took the last number of any text."""
+    setting = replace(SETTING, task=task.name, k=2)
+    with SampleFile(path, setting) as file:
+        for item in task.items:
+            cut = sample(item, 0, text=f"So far {item.solution}", answer=item.solution, reason="length", judged="")
+            empty = sample(item, 1, text="It is \\boxed{}.", answer="\\boxed{}", correct=False, judged="")
+            thought = sample(
+                item, 0, k=1, text=f"\\boxed{{{item.solution}}}", deliberation=True, correct=False, judged=""
+            )
+            file.append([cut, empty, thought])
+
+
+def test_samples_that_were_judged_by_other_rules_are_judged_anew_and_not_asked_for(run: Path, tmp_path: Path) -> None:
+    task = save_task(tmp_path / "say.jsonl", 3)
+    path = tmp_path / "old.jsonl"
+    old_run(path, task)
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    with pytest.raises(UserError, match="3 of 3 items in .* were judged by the rules of another qad: .* asks no model"):
+        read_results(path)
+    some = replace(task, items=task.items[:2])  # type: ignore[type-var]
+    for items, results in ((some, 2), (task, 3)):
+        with Model(str(run), "tiny", {}) as model, SampleFile(path, replace(SETTING, task="say")) as file:
+            assert file.outdated(items) == (6 if items is some else 3)
+            asked = set[bool]()
+            found = run_task(model, items, file, replace(ASKING, k=2), lambda _, now, asked=asked: asked.add(now))
+            assert asked == {False}
+            assert file.outdated(items) == 0
+            # The file is still locked, and still takes rows.
+            with pytest.raises(UserError, match="being written by another"):
+                SampleFile(path, replace(SETTING, task="say"))
+        assert [one.correct for one in found] == [(False, False)] * results
+        assert [one.answered for one in found] == [(False, False)] * results
+        assert [one.deliberated for one in found] == [(True,)] * results
+        if items is some:
+            with pytest.raises(UserError, match="1 of 3 items"):
+                read_results(path)
+    assert read_results(path)[2] == found
+    after = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["judged"] for row in after} == {f"{JUDGING} math"}
+    verdict = {"answer", "correct", "format_ok", "detail", "judged"}
+    kept = [[{name: row[name] for name in row if name not in verdict} for row in rows] for rows in (before, after)]
+    assert kept[0] == kept[1]
+
+
+def test_rows_that_are_compared_in_another_way_now_are_judged_anew(run: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "Say 4.", "solution": "4", "task": "text"}]
+    (tmp_path / "say.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    path = tmp_path / "samples.jsonl"
+    item = load_task(str(tmp_path / "say.jsonl")).items[0]
+    with SampleFile(path, replace(SETTING, task="say", k=1, kind="text")) as file:
+        file.append([sample(item, 0, k=1, text="\\boxed{4.0}", answer="4.0", correct=False, judged=f"{JUDGING} text")])
+    for judge, right in (("text", False), ("math", True)):
+        (tmp_path / "say.jsonl").write_text(json.dumps({**rows[0], "task": judge}) + "\n")
+        task = load_task(str(tmp_path / "say.jsonl"))
+        setting = replace(SETTING, task="say", k=1, kind=task.kind)
+        with Model(str(run), "tiny", {}) as model, SampleFile(path, setting) as file:
+            (found,) = run_task(model, task, file, replace(ASKING, k=1), lambda result, now: None)
+        assert found.correct == (right,)
+
+
+def test_judging_anew_leaves_the_file_alone_until_it_is_done(tmp_path: Path) -> None:
+    task = save_task(tmp_path / "say.jsonl", 3)
+    path = tmp_path / "old.jsonl"
+    old_run(path, task)
+    before = path.read_bytes()
+
+    def judge(item: Item, one: Sample) -> Sample:
+        if item == task.items[-1]:
+            raise KeyboardInterrupt
+        return replace(one, answer=None)
+
+    with SampleFile(path, replace(SETTING, task="say")) as file:
+        with pytest.raises(KeyboardInterrupt):
+            file.judge_anew(task, judge)
+        changed = replace(task.items[1], solution="another")
+        with pytest.raises(UserError, match="has samples of another item"):
+            file.judge_anew(replace(task, items=[changed]), lambda item, one: one)  # type: ignore[type-var]
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 # ------------------------------------------------------------------------------------------------------ a real model

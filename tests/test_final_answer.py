@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qad import algebra
-from qad.final_answer import Kind, extract, groups, number, same, strip_thinking
+from qad.final_answer import Kind, answer_of, extract, groups, number, same, strip_thinking
 
 needs_math_verify = pytest.mark.skipif(not algebra.is_installed(), reason="math-verify is not installed: qad[eval]")
 
@@ -50,6 +50,40 @@ def test_thoughts_are_left_out(text: str, left: str) -> None:
         (r"$\boxed{x = \boxed{5}}$", "math", "5"),
         (r"It is \boxed{4} but \boxed{5", "math", "4"),
         (r"\boxed{}", "math", None),
+        # What holds nothing is as if it were not there.
+        (r"The answer is \boxed{}.", "math", None),
+        (r"The answer is \boxed{}.", None, None),
+        (r"The answer is \boxed{}.", "text", None),
+        (r"The answer is \boxed{}.", "choice", None),
+        (r"2 + 2 = 4, so the answer is \boxed{}.", "math", "4"),
+        (r"\boxed{4}, I mean \boxed{\text{}}", "math", "4"),
+        (r"\boxed{4}, I mean \boxed{ \quad }", None, "4"),
+        (r"\boxed{\text{ }}", "text", None),
+        (r"\boxed{\mathrm{\textbf{}}}", "math", None),
+        (r"\boxed{\_\_\_}", "math", None),
+        (r"\boxed{\ldots}", None, None),
+        (r"\boxed{...}", "text", None),
+        (r"\boxed{{}}", "math", None),
+        (r"\boxed{\{\}}", "math", r"\{\}"),
+        (r"\boxed{]}", "text", "]"),
+        (r"\boxed{C}, or \boxed{42}", "choice", "C"),
+        (r"The answer is $$ $$.", "math", None),
+        (r"The answer is \boxed{5", "math", "5"),
+        (r"The answer is 5 \boxed{", "math", "5"),
+        (r"The answer is \boxed{Paris", "text", None),
+        ("The answer is", "text", None),
+        ("Let me see.\n**Answer:** ", "text", None),
+        ("Let me see.\n####", "text", None),
+        ("Let me see: 7\n####  ", "math", "7"),
+        ("The answer is 5.\n#### **", "math", "5"),
+        ("The answer is 5.\n##### The end", "math", "5"),
+        ("The answer is 5. <answer> </answer>", "math", "5"),
+        (r"The answer is 5. <answer>It is \boxed{}</answer>", "math", "5"),
+        ("So <answer></answer>", "text", None),
+        ("<answer>B</answer> or <answer>42</answer>", "choice", "B"),
+        ("\u200b", "text", None),
+        ("**", "text", None),
+        (r"<think>\boxed{}</think>", "math", None),
         (r"\boxed{\text{(C)}}", "choice", "C"),
         (r"\boxed{\text{(C)}}", None, "C"),
         (r"\boxed{C. 42}", "choice", "C"),
@@ -118,6 +152,13 @@ def test_thoughts_are_left_out(text: str, left: str) -> None:
         ("```python\nprint(1)\n", "code", "print(1)"),
         ("~~~\nx = 1\n~~~", "code", "x = 1"),
         ("```\n```", "code", None),
+        ("```python\n```", "code", None),
+        ("```python\n# to be done\n```", "code", None),
+        ("```python\nx = 1\n```\n```python\n \n```", "code", "x = 1"),
+        ("```python\nx = 1\n```\n```python\n# to be done\n", "code", "x = 1"),
+        ("# nothing", "code", None),
+        ("Hello", "code", None),
+        ("42", "code", None),
         ("print(1)", "code", "print(1)"),
         ("`print(1)`", "code", "print(1)"),
         ("Hello there!", "code", None),
@@ -144,10 +185,20 @@ def test_worked_examples(text: str, kind: Kind | None, answer: str | None) -> No
         ("```\nx = 1\n```\n```\ny = ", "code", "x = 1"),
         (r"\boxed{4} and more", "math", "4"),
         ("The answer is 4", "math", "4"),
+        ("#### 12\nand", "math", "12"),
+        # The mark itself was cut off, or is empty.
+        (r"4, so the answer is \boxed{4", "math", None),
+        (r"4, so the answer is \boxed{}", "math", None),
+        (r"The answer is 5. So \boxed{4", "math", "5"),
+        # Thoughts that have not ended have no answer behind them, those that have give theirs.
+        (r"<think>It is \boxed{4}, or", "math", None),
+        (r"<think>It is \boxed{4}</think>", "math", "4"),
+        (r"<think>It is \boxed{4}</think>I think that", "math", None),
     ],
 )
 def test_a_text_that_was_cut_off_has_what_it_marks(text: str, kind: Kind, answer: str | None) -> None:
-    assert extract(text, kind, marked=True) == answer
+    assert {answer_of(text, reason, kind) for reason in ("length", "context", "dropped", "lost")} == {answer}
+    assert answer_of(text, "stop", kind) == extract(text, kind)
 
 
 _BALANCED = st.recursive(
@@ -169,6 +220,40 @@ def test_any_text_has_an_answer_or_none(text: str, kind: Kind | None, marked: bo
     assert found is None or found.strip()
     if kind == "choice" and found is not None:
         assert len(found) == 1
+
+
+_MARKED = st.lists(
+    st.sampled_from(
+        [
+            r"\boxed{4}",
+            r"\boxed{B}",
+            "#### 5",
+            "The answer is 6.",
+            "The answer is (C)",
+            "<answer>7</answer>",
+            "so 8",
+            "a",
+        ]
+    ),
+    max_size=4,
+).map("\n".join)
+_EMPTY = st.sampled_from(
+    [
+        r"\boxed{}",
+        r"$\boxed{\text{ }}$",
+        "<answer>\n</answer>",
+        "####",
+        "The answer is",
+        r"The answer is \boxed{}.",
+        "Answer: **",
+    ]
+)
+
+
+@given(_MARKED, _EMPTY, st.sampled_from(["math", "choice", "text", None]))
+def test_an_empty_mark_is_as_if_it_were_not_there(text: str, empty: str, kind: Kind | None) -> None:
+    assert extract(f"{text}\n{empty}", kind, marked=True) == extract(text, kind, marked=True)
+    assert extract(f"{text}\n```python\n```", "code") == extract(text, "code", marked=True)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from qad.errors import UserError
 from qad.evals import sandbox, tasks
-from qad.evals.task import Item, Task
+from qad.evals.task import Task
 from qad.evals.tasks import following, procedural, programs, published
 from qad.evals.tasks.forms import AS_GIVEN, BOXED, CODE, LETTER
 from qad.evals.tasks.guard import harmless
@@ -84,7 +84,6 @@ def test_an_answer_without_a_solution_of_the_package_is_judged() -> None:
         assert task.score(item, f"\\boxed{{{good}}}").correct
         bad = json.dumps({str(vertex): puzzle["color_options"][0] for vertex in colours})
         assert not task.score(item, f"\\boxed{{{bad}}}").correct
-    assert tasks.majority_baseline(task.items) is None
 
 
 def questions(task: Task) -> list[tuple[str, str]]:
@@ -225,12 +224,73 @@ def test_a_file_says_how_it_is_judged_by_its_solutions(tmp_path: Path) -> None:
     task = tasks.load(str(write_rows(tmp_path / "letters.jsonl", letters)), limit=3)
     assert task.kind == "choice"
     assert len(task.items) == 3
-    assert tasks.majority_baseline(task.items) == ("A", 2 / 3)
     words = [{"prompt": [{"role": "user", "content": "Capital of France?"}], "solution": "Paris"}]
     task = tasks.load(str(write_rows(tmp_path / "words.jsonl", words)))
     assert task.kind == "text"
     assert task.items[0].prompt == "Capital of France?"
     assert task.score(task.items[0], "The answer is Paris.").correct
+
+
+NUMBERS, LETTERS, WORDS = ["4", "1/2"], ["A", "C"], ["Paris", "7"]
+SAID = {"math": "as mathematics (their", "choice": "as choices (their", "text": "as text (their"}
+
+
+@pytest.mark.parametrize(
+    ("declared", "undeclared", "kind"),
+    [
+        ([], NUMBERS, "math"),
+        ([], LETTERS, "choice"),
+        ([], WORDS, "text"),
+        ([], [*NUMBERS, *LETTERS], "text"),
+        # Whatever other rows declare, and whatever their solutions are.
+        ([("text", "Paris")], NUMBERS, "math"),
+        ([("text", "Paris"), ("math", "4")], LETTERS, "choice"),
+        ([("math", "4"), ("choice", "A")], WORDS, "text"),
+        ([("choice", "B")], NUMBERS, "math"),
+    ],
+)
+def test_rows_that_declare_nothing_are_judged_by_themselves(
+    declared: list[tuple[str, str]], undeclared: list[str], kind: str, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"Declared {n}?", "solution": solution, "task": judge}
+        for n, (judge, solution) in enumerate(declared)
+    ]
+    # Nothing is said in three ways.
+    silent: list[dict[str, Any]] = [{}, {"task": None}, {"task": ""}]
+    rows += [{"prompt": f"Free {n}?", "solution": text, **silent[n % 3]} for n, text in enumerate(undeclared)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    task = tasks.load(str(file))
+    assert [task.judge(item) for item in task.items] == [*(judge for judge, _ in declared), *[kind] * len(undeclared)]
+    (note,) = task.notes
+    assert f"{len(undeclared)} of {len(rows)} rows have no `task`: compared {SAID[kind]}" in note
+    # Fewer rows are judged in the same way: by all that the file holds.
+    first = tasks.load(str(file), limit=len(declared) + 1)
+    assert [first.judge(item) for item in first.items] == [*(judge for judge, _ in declared), kind]
+    assert f"1 of {len(declared) + 1} rows" in first.notes[0]
+    if declared:
+        assert tasks.load(str(file), limit=len(declared)).notes == []
+
+
+def test_a_text_that_was_cut_off_is_judged_by_what_it_marks(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "2 + 2?", "solution": "4", "task": "math"},
+        {"prompt": "Which?", "solution": "B", "task": "choice"},
+    ]
+    judged = tasks.load(str(write_rows(tmp_path / "rows.jsonl", rows)))
+    number, letter = judged.items
+    counting = tasks.load("reasoning_gym:gcd", limit=1)
+    (gcd,) = counting.items
+    for task, item, bare in (
+        (judged, number, "2 + 2 = 4"),
+        (judged, letter, "so it is (B)"),
+        (counting, gcd, f"it is {gcd.solution}"),
+    ):
+        assert task.score(item, bare).correct
+        for reason in ("length", "context"):
+            score = task.score(item, bare, reason)
+            assert (score.correct, score.answer, score.detail) == (False, None, "cut off before an answer")
+            assert task.score(item, f"It is \\boxed{{{item.solution}}}. To check", reason).correct
 
 
 def test_a_file_of_items_of_reasoning_gym_is_judged_by_its_scorer(tmp_path: Path) -> None:
@@ -259,6 +319,8 @@ def test_a_file_of_items_of_reasoning_gym_is_judged_by_its_scorer(tmp_path: Path
         ('{"prompt": "a", "solution": [1]}\n', "`solution` is list"),
         ('{"prompt": "a", "solution": "b", "level": "hard"}\n', "`level` is 'hard'"),
         ('{"prompt": "a", "solution": "b", "task": "maths"}\n', "unknown `task` 'maths'"),
+        ('{"prompt": "a", "solution": "b", "task": ["math"]}\n', "unknown `task` .'math'."),
+        ('{"prompt": "a", "solution": "b", "task": false}\n', "unknown `task` False"),
         ('{"prompt": "a", "solution": "b", "task": "reasoning_gym:gcd"}\n', "needs `meta`"),
         ('{"prompt": "a", "task": "code"}\n', "needs `meta` with tests"),
         ('{"prompt": [{"role": "system", "content": "a"}], "solution": "b"}\n', "is a conversation"),
@@ -270,12 +332,6 @@ def test_files_that_are_no_task_are_refused(text: str, message: str, tmp_path: P
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=message):
         tasks.load(str(file))
-
-
-def test_the_baseline_is_the_most_frequent_solution() -> None:
-    items = [Item(str(n), "?", solution) for n, solution in enumerate("BABCB")]
-    assert tasks.majority_baseline(items) == ("B", 0.6)
-    assert tasks.majority_baseline([]) is None
 
 
 @pytest.mark.parametrize("module", ["qad.evals.tasks", "qad.evals.task"])
@@ -593,7 +649,6 @@ def test_ifeval_wants_every_instruction_and_tells_what_would_do_loosely(tmp_path
     for empty in ("", "<think>\n", "<think>\nwell\n</think>\n"):
         score = task.score(item, empty)
         assert (score.correct, score.answer, score.format_ok) == (False, None, False)
-    assert tasks.majority_baseline(task.items) is None
 
 
 def test_ifeval_scores_the_same_twice_and_leaves_chance_alone(tmp_path: Path) -> None:
@@ -771,7 +826,7 @@ def test_a_file_may_hold_tests_of_code(tmp_path: Path) -> None:
 
 def test_a_form_is_kept_or_not() -> None:
     assert BOXED.kept_by("<think>x</think> \\boxed{\\frac{1}{2}}")
-    for broken in ("the answer is 2", "\\boxed{}", "\\boxed{2", "<think>\\boxed{2}"):
+    for broken in ("the answer is 2", "\\boxed{}", "\\boxed{\\text{ }}", "\\boxed{2", "<think>\\boxed{2}"):
         assert not BOXED.kept_by(broken)
     assert all(LETTER.kept_by(text) for text in ("so\nAnswer: B", "**Answer: (C)**", "Final answer: D."))
     assert not any(LETTER.kept_by(text) for text in ("B", "Answer: none", "Answer: B\nbut maybe not"))

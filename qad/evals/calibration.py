@@ -1,7 +1,8 @@
 """Whether a confidence is what it says: of the answers given at 70 %, are 70 % right?
 
 Two confidences of an answer are judged: the share of the trajectories that agree on it, and the mean probability of
-its tokens (e to the mean log-probability). A confidence that only ranks answers can be turned into one that is true: by
+its tokens (e to the mean log-probability). Where there is no answer there is nothing to be sure of, and nothing is
+judged. A confidence that only ranks answers can be turned into one that is true: by
 an isotonic or a Platt fit. What a fit was made on says nothing of it, so the items are parted into two halves by their
 ids: one is fitted, the other is reported, before and after the fit.
 

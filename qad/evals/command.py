@@ -19,14 +19,14 @@ from qad.evals.calibration import Judged, confidence_of
 from qad.evals.chains import likeness_to_samples, likeness_to_solutions
 from qad.evals.compare import compare
 from qad.evals.failures import diagnose
-from qad.evals.metrics import ItemResult, costs_of, majority_baseline, metrics_of, pass_curve
+from qad.evals.metrics import ItemResult, costs_of, cut_off, majority_baseline, metrics_of, pass_curve
 from qad.evals.plots import reliability_plot
 from qad.evals.progress import ItemProgress, StepProgress
 from qad.evals.results import Result
 from qad.evals.runner import Asking, Model, run_task
 from qad.evals.samples import SampleFile
 from qad.evals.shift import LABELS, Label, shift_of
-from qad.evals.task import Task
+from qad.evals.task import JUDGING, Task
 from qad.evals.text import chunks_of, text_quality
 from qad.files import check_output, replacing_file
 from qad.final_answer import same
@@ -128,7 +128,12 @@ class Evaluation:
         loaded = tasks.load(request.name, path=request.path, limit=self._options.limit, seed=self._options.task_seed)
         if not loaded.items:
             raise UserError(f"{request.name} has no items")
+        for note in loaded.notes:
+            self._say(f"{loaded.name}: {note}")
         return loaded
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def run(self) -> None:
         """Ask every model everything.
@@ -146,8 +151,9 @@ class Evaluation:
         options = self._options
         with self._samples(model, task) as file:
             if file.cut:
-                cut = f"{file.path}: {file.cut} torn row was cut off"
-                self._console.print(cut, markup=False, highlight=False, soft_wrap=True)
+                self._say(f"{file.path}: {file.cut} torn row was cut off")
+            if outdated := file.outdated(task):
+                self._say(f"{file.path}: {outdated} kept answers are judged anew, for the rules have changed")
             with ItemProgress(self._console, f"{model.name}, {task.name}", len(task.items)) as progress:
                 found = run_task(
                     model, task, file, options.asking, lambda result, asked: progress.item(result.final, asked)
@@ -165,7 +171,8 @@ class Evaluation:
     ) -> dict[str, Any]:
         kind = task.kind
         baseline = None
-        if kind is not None:
+        # No two programs are the same: the most frequent one says nothing.
+        if kind is not None and kind != "code":
             baseline = majority_baseline(
                 [item.solution for item in task.items], lambda one, other: same(one, other, kind)
             )
@@ -175,6 +182,13 @@ class Evaluation:
             notes.append("answers of this task cannot be compared, so there is no vote: --methods deliberate")
         if self._after and after is None:
             notes.append(f"{self._options.after} has no results of this task")
+        cut = cut_off(found)
+        if cut["unanswered"] > 0.5:
+            notes.append(
+                f"{cut['unanswered']:.0%} of the answers were cut off before they marked an answer and count as wrong: "
+                f"the figures tell how short --new-tokens {self._options.asking.new_tokens} is, rather than what the "
+                "model knows"
+            )
         report = diagnose(
             found,
             trained=request.label == "trained",
@@ -193,6 +207,7 @@ class Evaluation:
             "metrics": {name: one.to_dict() for name, one in metrics_of(found).items()},
             "pass": {str(k): one.to_dict() for k, one in pass_curve(found).items()},
             "costs": {name: one.to_dict() for name, one in costs_of(found).items()},
+            "cut_off": cut,
             "baseline": None if baseline is None else {"value": baseline[0], "answer": baseline[1]},
             "calibration": self._calibration(found),
             "similarity": self._similarity(model, task, file),
@@ -204,10 +219,11 @@ class Evaluation:
     def _calibration(self, found: list[ItemResult]) -> dict[str, Any]:
         judged: dict[str, list[Judged]] = {}
         for one in found:
-            if one.share is not None and one.k > 1 and "vote" in one.chosen:
+            # A text without an answer has none to be sure of.
+            if one.share is not None and any(one.answered) and one.k > 1 and "vote" in one.chosen:
                 judged.setdefault("vote_share", []).append(Judged(one.id, one.share, one.chosen["vote"]))
-            for logprob, right in zip(one.mean_logprobs, one.correct, strict=True):
-                if logprob is not None:
+            for logprob, right, answered in zip(one.mean_logprobs, one.correct, one.answered, strict=True):
+                if logprob is not None and answered:
                     judged.setdefault("mean_logprob", []).append(Judged(one.id, confidence_of(logprob), right))
         return {name: calibration.to_dict(answers, self._options.fit) for name, answers in judged.items()}
 
@@ -348,6 +364,7 @@ def _write(json_file: Path, command: str, began: float, content: Mapping[str, An
     values = {
         "format": results.FORMAT,
         "kind": "eval",
+        "judging": JUDGING,
         "command": command,
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "machine": describe(),

@@ -3,7 +3,8 @@
 An item counts as wrong if its one answer is: the voted one, or the first trajectory's where answers cannot be compared.
 The first of these that holds is its cause:
 
-- ``format``: most of its trajectories lack the form that was asked for. Teach the form.
+- ``format``: most of its trajectories lack the form that was asked for. Teach the form; where they were cut off, which
+  the evidence says, let them become longer first.
 - ``mismatch``: the right answer is within reach. Either a model that was trained on the level has it right, or
   trajectories hit it more often than the most frequent answer of the task would by itself. Train, or vote.
 - ``capacity``: the level was trained on, and there hardly any item has one right trajectory among K (P@K at most 0.2).
@@ -150,7 +151,8 @@ def _cause(item: ItemResult, cell: Cell, chance: float, after: ItemResult | None
         return Failure(item.id, item.level, cause, evidence)
 
     if 2 * formless > k:
-        return failure("format", f"{formless} of {k} without the form asked for")
+        cut = f", {sum(item.cut_off)} cut off" if any(item.cut_off) else ""
+        return failure("format", f"{formless} of {k} without the form asked for{cut}")
     if after is not None and after.final:
         return failure("mismatch", "right after training on the level")
     if item.right > k * chance:

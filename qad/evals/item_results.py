@@ -6,28 +6,30 @@ from pathlib import Path
 from qad.errors import UserError
 from qad.evals.metrics import ItemResult
 from qad.evals.samples import Rows, Sample, setting_beside
-from qad.final_answer import Kind, extract
+from qad.evals.task import JUDGING
+from qad.final_answer import Kind
 from qad.think import vote
 from qad.think.confidence import weight
 
 
-def voted_answer(sample: Sample, kind: Kind) -> str | None:
-    """Return the answer that a trajectory votes for: of one that was cut off, only what it marks as its answer."""
-    return sample.answer if sample.reason == "stop" else extract(sample.text, kind, marked=True)
+def _best(samples: Sequence[Sample]) -> int:
+    """Return the index of the best sample, by what `qad think` goes by; of equals, the first.
 
-
-def _most_confident(samples: Sequence[Sample]) -> int:
-    """Return the index of the sample whose lowest window is the most likely; where that is unknown, the first."""
+    One that ended by itself is better than one that was cut off, then one with an answer than one without, then the one
+    whose lowest window is the most likely, if that is known of all.
+    """
     known = [one.lowest_window_logprob for one in samples]
-    if any(value is None for value in known):
-        return 0
-    return max(range(len(samples)), key=lambda index: (known[index] or 0.0, -index))
+    sure = [0.0] * len(known) if None in known else [value or 0.0 for value in known]
+    return max(
+        range(len(samples)),
+        key=lambda index: (samples[index].reason == "stop", samples[index].answer is not None, sure[index], -index),
+    )
 
 
 def _voted(samples: Sequence[Sample], kind: Kind, weights: Sequence[float] | None = None) -> tuple[int, float]:
     """Return the index of the sample whose answer wins, and its share; as `qad think`, the best if nobody has one."""
-    found = vote([voted_answer(one, kind) for one in samples], kind, weights)
-    return (_most_confident(samples), 0.0) if found.index is None else (found.index, found.share)
+    found = vote([one.answer for one in samples], kind, weights)
+    return (_best(samples), 0.0) if found.index is None else (found.index, found.share)
 
 
 def representative(samples: Sequence[Sample], kind: Kind | None) -> Sample:
@@ -54,13 +56,15 @@ def result_of(samples: Sequence[Sample], deliberations: Sequence[Sample], kind: 
         if len(known) == len(samples):
             chosen["weighted"] = samples[_voted(samples, kind, [weight(value) for value in known])[0]].correct
     if len(known) == len(samples):
-        chosen["best"] = samples[_most_confident(samples)].correct
+        chosen["best"] = samples[_best(samples)].correct
     first = samples[0]
     return ItemResult(
         id=first.id,
         item=first.item,
         level=first.level,
         correct=tuple(one.correct for one in samples),
+        answered=tuple(one.answer is not None for one in samples),
+        cut_off=tuple(one.reason != "stop" for one in samples),
         format_ok=tuple(one.format_ok for one in samples),
         n_tokens=tuple(one.n_tokens for one in samples),
         mean_logprobs=tuple(one.mean_logprob for one in samples),
@@ -78,19 +82,26 @@ def read_results(path: Path) -> tuple[str, str, list[ItemResult]]:
     """Return the model's name, the task's name and the results of a file of samples; unfinished items are left out.
 
     Raises:
-        UserError: It cannot be read, is none, or holds no complete item.
+        UserError: It cannot be read, is none, holds no complete item, or one that was judged by other rules.
     """
     setting = setting_beside(path)
     results = []
+    others = 0
     try:
         with path.open("rb") as file:
             rows = Rows(file, path)
             for item in rows.ids():
                 samples = rows.read(item)
                 if len(samples) == setting.k:
+                    others += any(not by.startswith(f"{JUDGING} ") for by in rows.judged(item))
                     results.append(result_of(samples, rows.read(item, deliberation=True), setting.kind))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    if others:
+        raise UserError(
+            f"{others} of {len(results)} items in {path} were judged by the rules of another qad: give the `qad eval` "
+            "that made them once more, which judges the kept texts anew and asks no model"
+        )
     if not results:
         raise UserError(f"{path} holds no complete item yet: let `qad eval` finish first")
     return setting.model, setting.task, results

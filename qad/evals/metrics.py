@@ -2,7 +2,12 @@
 
 - M@K, the mean: how often one answer is right. P@K, the potential: how often at least one of K is. V@K: how often the
   answer that most trajectories agree on is. HM@K and HP@K: the same as M and P of the answers that were deliberated
-  from K trajectories. Names and meaning as in HeavySkill (arXiv 2605.02396).
+  from K trajectories, over as many as there are (``--summary-k``). Names and meaning as in HeavySkill
+  (arXiv 2605.02396). W@K: the vote in which each trajectory weighs as much as it is confident. B@K: the answer of the
+  best one: of those that ended by themselves with an answer the most confident.
+- What a trajectory answers is said in one place, ``qad.final_answer.answer_of``, for all of these: its answer is judged
+  right or wrong, and the same answer votes. One without an answer is wrong and votes for none; where nobody has one,
+  the vote is wrong.
 - P@k for k below K is the unbiased estimator of M. Chen et al. 2021 (arXiv 2107.03374, equation 1).
 
 Everything here works on what is stored of the samples; no model is asked.
@@ -26,6 +31,8 @@ class ItemResult:
         item: Its fingerprint.
         level: Its difficulty, None if it has none.
         correct: Of each of the K trajectories, whether it is right.
+        answered: Whether it has an answer at all; what has none is never right and votes for nothing.
+        cut_off: Whether it did not end by itself.
         format_ok: Whether it has the form that was asked for.
         n_tokens: Its tokens.
         mean_logprobs: Mean log-probability of its tokens; None where the engine tells none.
@@ -42,6 +49,8 @@ class ItemResult:
     item: str
     level: int | None
     correct: tuple[bool, ...]
+    answered: tuple[bool, ...]
+    cut_off: tuple[bool, ...]
     format_ok: tuple[bool, ...]
     n_tokens: tuple[int, ...]
     mean_logprobs: tuple[float | None, ...]
@@ -145,6 +154,15 @@ def costs_of(items: Sequence[ItemResult]) -> dict[str, Estimate]:
         "seconds": bootstrap_mean([item.seconds / item.k for item in items]),
         "tokens_per_item": bootstrap_mean([sum(item.n_tokens) + item.extra_tokens for item in items]),
         "seconds_per_item": bootstrap_mean([item.seconds + item.extra_seconds for item in items]),
+    }
+
+
+def cut_off(items: Sequence[ItemResult]) -> dict[str, float]:
+    """Return which share of all trajectories was cut off, and which was so before it had an answer (``unanswered``)."""
+    ends = [pair for item in items for pair in zip(item.cut_off, item.answered, strict=True)]
+    return {
+        "answers": sum(cut for cut, _ in ends) / len(ends),
+        "unanswered": sum(cut and not answered for cut, answered in ends) / len(ends),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from qad.errors import UserError
 from qad.evals.item_results import read_results
 from qad.evals.metrics import ItemResult
+from qad.evals.task import JUDGING
 
 FORMAT = 1
 
@@ -49,6 +50,11 @@ def load(path: Path) -> list[Result]:
     if stored.get("format") != FORMAT:
         raise UserError(
             f"{path} has format {stored.get('format')!r}, not {FORMAT}: make it again with `qad eval --json`"
+        )
+    if stored.get("judging") != JUDGING:
+        raise UserError(
+            f"{path} was judged by the rules of another qad: give the `qad eval` that made it once more, which judges "
+            "the kept texts anew and asks no model"
         )
     try:
         return [Result(row["model"], row["task"], [_item(one) for one in row["per_item"]]) for row in stored["rows"]]

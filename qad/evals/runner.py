@@ -14,7 +14,7 @@ from qad.bench_run import digest
 from qad.errors import UserError, unknown_name
 from qad.evals.item_results import result_of
 from qad.evals.metrics import ItemResult
-from qad.evals.samples import Sample, SampleFile, Setting, fingerprint
+from qad.evals.samples import Sample, SampleFile, Setting, fingerprint, judging
 from qad.evals.task import Item, Task
 from qad.runtimes import Lost, Sampling, Session, Step, Trajectory, is_url, open_model, plain_url
 from qad.think import ThinkOptions, deliberate
@@ -139,6 +139,8 @@ def run_task(
 ) -> list[ItemResult]:
     """Ask what is not answered yet, and return the results of all items, in their order.
 
+    What was answered and judged by other rules is judged anew first.
+
     Args:
         model: Who is asked.
         task: Of what.
@@ -150,6 +152,7 @@ def run_task(
         UserError: The model cannot be opened, fails or has no room for an item; the judge cannot work; the disk is
             full. What was answered before is kept.
     """
+    file.judge_anew(task, lambda item, sample: _judged(task, item, sample))
     results = []
     for item in task.items:
         interrupts.check()
@@ -247,7 +250,7 @@ class _Judge:
     def sample(self, made: Trajectory, index: int, k: int) -> Sample:
         """Return the judged sample of a trajectory."""
         task, item = self._task, self._item
-        score = task.score(item, made.text)
+        score = task.score(item, made.text, made.reason)
         # A server may know the log-probabilities of some tokens only.
         known = [one for one in made.logprobs if math.isfinite(one)]
         return Sample(
@@ -268,4 +271,14 @@ class _Judge:
             reason=made.reason,
             seconds=made.seconds,
             item=fingerprint(item),
+            judged=judging(task, item),
         )
+
+
+def _judged(task: Task, item: Item, sample: Sample) -> Sample:
+    """Return a sample with the verdict of the rules that there are now."""
+    interrupts.check()
+    score = task.score(item, sample.text, sample.reason)
+    return dataclasses.replace(
+        sample, answer=score.answer, correct=score.correct, format_ok=score.format_ok, detail=score.detail
+    )

@@ -4,7 +4,7 @@ A file of JSON lines holds the rows, and a file beside it what they were made wi
 is answered, as far as it is, and flushed to the disk: whatever ends the program, a killed process, a server that goes
 away or a full disk, costs no answer that was complete. A torn end is cut off when the file is opened again, and what an
 item still lacks is asked for. Rows that were made with something else than what is asked for now are never mixed in:
-that is an error.
+that is an error. Rows that were judged by other rules keep their texts and are judged anew.
 
 Memory holds where each item's rows lie, and not the rows.
 """
@@ -13,14 +13,15 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from qad.errors import UserError
-from qad.evals.task import Item
+from qad.evals.task import JUDGING, Item, Task
 from qad.files import explain, replacing_file
 from qad.final_answer import Kind
 
@@ -50,6 +51,7 @@ class Sample:
         reason: Why it ended.
         seconds: From the question until it ended.
         item: Fingerprint of the question and its judge's data.
+        judged: By which rules: ``judging`` of the item. Empty in rows that were made before there were several.
         deliberation: Whether it was deliberated from the trajectories.
     """
 
@@ -70,6 +72,7 @@ class Sample:
     reason: str
     seconds: float
     item: str
+    judged: str = ""
     deliberation: bool = False
 
     def to_row(self) -> dict[str, Any]:
@@ -80,7 +83,7 @@ class Sample:
         return row
 
 
-_FIELDS = tuple(one.name for one in fields(Sample) if one.name != "deliberation")
+_FIELDS = tuple(one.name for one in fields(Sample) if one.name not in ("deliberation", "judged"))
 
 
 def sample_of(row: dict[str, Any]) -> Sample:
@@ -89,13 +92,22 @@ def sample_of(row: dict[str, Any]) -> Sample:
     Raises:
         KeyError, TypeError: It is no row of samples.
     """
-    return Sample(**{name: row[name] for name in _FIELDS}, deliberation=row.get("pass") == DELIBERATION)
+    return Sample(
+        **{name: row[name] for name in _FIELDS},
+        judged=row.get("judged", ""),
+        deliberation=row.get("pass") == DELIBERATION,
+    )
 
 
 def fingerprint(item: Item) -> str:
     """Return what tells an item from a changed one: 16 hexadecimal digits of its prompt, solution and judge's data."""
     parts = json.dumps([item.prompt, item.solution, dict(item.meta)], sort_keys=True, default=str)
     return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def judging(task: Task, item: Item) -> str:
+    """Return by which rules an item's answers are judged now."""
+    return f"{JUDGING} {task.judge(item)}"
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,7 @@ class Rows:
         self.end = self.torn = 0
         # By pass, then by item: the place of each index.
         self._places: dict[bool, dict[str, dict[int, tuple[int, int]]]] = {False: {}, True: {}}
+        self._judged: dict[str, Counter[str]] = {}
         position = 0
         file.seek(0)
         for number, line in enumerate(file, 1):
@@ -201,7 +214,18 @@ class Rows:
     def add(self, sample: Sample, start: int, end: int) -> None:
         """Note where the row of a sample lies, at the end of the file."""
         self._places[sample.deliberation].setdefault(sample.id, {})[sample.index] = (start, end)
+        self._judged.setdefault(sample.id, Counter())[sample.judged] += 1
         self.end = end
+
+    def judged(self, item: str) -> Counter[str]:
+        """Return by which rules how many rows of an item were judged."""
+        return self._judged.get(item, Counter())
+
+    def lines(self) -> Iterator[Sample]:
+        """Yield every whole row, in the order of the file."""
+        self._file.seek(0)
+        while self._file.tell() < self.end:
+            yield sample_of(json.loads(self._file.readline()))
 
     def ids(self) -> list[str]:
         """Return the items that have trajectories, in the order in which they were answered."""
@@ -324,12 +348,54 @@ class SampleFile:
             UserError: They were made of another item of that name.
         """
         found = self._rows.read(item.id, deliberation=deliberation)
-        if found and found[0].item != fingerprint(item):
+        if found:
+            self._check(found[0], item)
+        return found
+
+    def outdated(self, task: Task) -> int:
+        """Return how many rows of a task's items were judged by other rules than there are now."""
+        found = 0
+        for item in task.items:
+            judged = self._rows.judged(item.id)
+            found += judged.total() - judged[judging(task, item)]
+        return found
+
+    def judge_anew(self, task: Task, judge: Callable[[Item, Sample], Sample]) -> None:
+        """Judge the rows of a task's items that were judged by other rules than there are now.
+
+        The file is replaced whole or not at all. Rows of items that the task does not have now stay as they are.
+
+        Args:
+            task: Whose items.
+            judge: Returns a sample with another verdict.
+
+        Raises:
+            UserError: The disk is full, an item has changed, or the judge cannot work; the file is as it was.
+        """
+        count = self.outdated(task)
+        if not count:
+            return
+        items = {item.id: item for item in task.items}
+        with replacing_file(self.path) as temporary:
+            with temporary.open("wb") as new:
+                for sample in self._rows.lines():
+                    item = items.get(sample.id)
+                    if item is not None and sample.judged != judging(task, item):
+                        self._check(sample, item)
+                        sample = replace(judge(item, sample), judged=judging(task, item))
+                    new.write(_line(sample))
+            # Its lock goes with it.
+            self.close()
+        self._file = self.path.open("ab+")
+        self._lock()
+        self._scan()
+
+    def _check(self, sample: Sample, item: Item) -> None:
+        if sample.item != fingerprint(item):
             raise UserError(
                 f"{self.path} has samples of another item {item.id!r}: the task has changed since; choose another "
                 "folder with -o"
             )
-        return found
 
     def append(self, samples: Sequence[Sample]) -> None:
         """Write rows, and wait until they are on the disk.

@@ -11,8 +11,19 @@ from rich.table import Table
 from qad.evals.compare import Difference
 from qad.evals.failures import CAUSES
 
-# The others stand in the comparison and in the record.
-_SHOWN = ("accuracy", "M@K", "V@K", "HM@K", "HP@K", "P@K")
+# What one line of 80 columns holds; then other ways to make one answer of K, if there are any.
+_SHOWN = ("accuracy", "M@K", "V@K", "P@K")
+_CHOSEN = ("V@K", "W@K", "B@K", "HM@K", "HP@K")
+_MEANINGS = {
+    "accuracy": "first answer",
+    "M@K": "mean of K",
+    "V@K": "vote",
+    "P@K": "any of K",
+    "W@K": "vote weighted by confidence",
+    "B@K": "best by confidence",
+    "HM@K": "mean of the answers deliberated from K",
+    "HP@K": "any of these",
+}
 _NONE = "-"
 
 
@@ -47,17 +58,15 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the metrics of models on tasks."""
     if not rows:
         return
-    names = [name for name in _SHOWN if any(name in row["metrics"] for row in rows)]
-    ks = sorted({row["k"] for row in rows})
-    titles = [name.replace("@K", f"@{ks[0]}") if len(ks) == 1 else name for name in names]
-    table = _table("task, model", *titles, "form", "base", "tok", "s")
+    names = _named(_SHOWN, rows)
+    table = _table("task, model", *_titles(names, rows), "form", "cut", "base", "tok", "s")
     for row in rows:
-        label = f"{short_task(row['task'])}{' (' + row['label'] + ')' if row['label'] else ''}"
         baseline = row["baseline"]
         table.add_row(
-            f"{escape(label)}\n[dim]{escape(row['model'])}[/]",
+            _label(row),
             *(share(row["metrics"].get(name)) for name in names),
             f"{100 * row['metrics']['format']['value']:.0f}",
+            f"{100 * row['cut_off']['answers']:.0f}",
             _NONE if baseline is None else f"{100 * baseline['value']:.0f}",
             _count(row["costs"]["tokens"]["value"]),
             _count(row["costs"]["seconds"]["value"]),
@@ -66,13 +75,45 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     items = sorted({row["items"] for row in rows})
     console.print(
         f"{', '.join(map(str, items))} items each; per cent, below it the 95 % interval (Wilson of shares of items, "
-        "bootstrap over items of means). accuracy: first answer; M: mean of K; V: vote; P: any of K; form: in the form "
-        "asked for; base: always the most frequent answer; tok, s: of one answer",
+        f"bootstrap over items of means). {_meanings(names)}; form: in the form asked for; cut: cut off, of which only "
+        "a marked answer counts; base: always the most frequent answer; tok, s: of one answer",
         style="dim",
     )
+    _print_chosen(console, rows)
     for row in rows:
         for note in row["notes"]:
             console.print(f"{short_task(row['task'])}, {row['model']}: {note}", style="yellow", markup=False)
+
+
+def _named(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in names if any(name in row["metrics"] for row in rows)]
+
+
+def _titles(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of metrics with the number that K is, if it is the same everywhere."""
+    ks = {row["k"] for row in rows}
+    return [name.replace("@K", f"@{min(ks)}") if len(ks) == 1 else name for name in names]
+
+
+def _meanings(names: Sequence[str]) -> str:
+    return "; ".join(f"{name.removesuffix('@K')}: {_MEANINGS[name]}" for name in names)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    label = f"{short_task(row['task'])}{' (' + row['label'] + ')' if row['label'] else ''}"
+    return f"{escape(label)}\n[dim]{escape(row['model'])}[/]"
+
+
+def _print_chosen(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what other ways than a plain vote make of K answers, if any were asked for."""
+    names = _named(_CHOSEN, rows)
+    if not set(names) - set(_SHOWN):
+        return
+    table = _table("task, model", *_titles(names, rows))
+    for row in rows:
+        table.add_row(_label(row), *(share(row["metrics"].get(name)) for name in names))
+    console.print(table)
+    console.print(_meanings(names), style="dim")
 
 
 def print_differences(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
@@ -184,7 +225,8 @@ def print_calibration(console: Console, rows: Sequence[Mapping[str, Any]]) -> No
     console.print("\n[bold]calibration[/]")
     console.print(table)
     console.print(
-        "base: Brier of a constant confidence; before, after: ECE of the items that the fit has not seen",
+        "n: answers, texts without one left out; base: Brier of a constant confidence; before, after: ECE of the items "
+        "that the fit has not seen",
         style="dim",
     )
 

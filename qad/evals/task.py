@@ -6,6 +6,10 @@ from typing import Any, Protocol
 
 from qad.final_answer import Kind
 
+JUDGING = 2
+"""Number of the rules by which texts are judged, to be raised whenever a verdict may come out otherwise: what an answer
+is (``qad.final_answer``), which are the same, how tasks score. Kept verdicts of other rules are then made anew."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -63,8 +67,22 @@ class Task(Protocol):
         """The questions, in a stable order."""
         ...
 
-    def score(self, item: Item, text: str) -> Score:
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of how answers are judged, a sentence each."""
+        ...
+
+    def judge(self, item: Item) -> str:
+        """Return the name of what judges an item's answers: another one may come to another verdict."""
+        ...
+
+    def score(self, item: Item, text: str, reason: str = "stop") -> Score:
         """Judge a text that answers an item.
+
+        Args:
+            item: Which.
+            text: Of a model, thoughts included.
+            reason: Why it ended, see ``qad.final_answer.answer_of``: one that was cut off has the answer that it marks.
 
         Raises:
             UserError: The judge cannot work here (a sandbox or a library is missing); the message names the remedy.

@@ -18,7 +18,7 @@ from typing import Literal
 from qad import interrupts
 from qad.algebra import is_installed
 from qad.errors import UserError
-from qad.final_answer import Kind, extract, groups, strip_thinking
+from qad.final_answer import Kind, answer_of, groups, strip_thinking
 from qad.runtimes import Sampling, Session, Step, Trajectory, Work
 from qad.think.confidence import Running, weight
 from qad.think.consensus import chance_unchanged, is_decided
@@ -245,9 +245,9 @@ class _Judge:
         options = self.options
         return options.drop or options.method == "weighted" or (options.method == "best" and not self.scored)
 
-    def answer(self, text: str, ended: bool) -> str | None:
-        """Return the answer in a text."""
-        return extract(text, self.given, marked=not ended)
+    def answer(self, text: str, reason: str) -> str | None:
+        """Return the answer in a text that ended for a reason."""
+        return answer_of(text, reason, self.given)
 
     def suffices(self, states: "dict[int, _State]", k: int) -> bool:
         """Return whether the trajectories that have ended decide the result, whatever the others of k become."""
@@ -453,7 +453,7 @@ class _Pool:
                 "log-probabilities, which this server does not tell: use --method vote"
             )
         state.reason = step.reason
-        state.answer = self._judge.answer(state.text, step.reason == "stop")
+        state.answer = self._judge.answer(state.text, step.reason)
         self._tell(index, state, step.text, step.reason)
         running = any(one.reason is None for one in self.states.values())
         if self._early and running and self._judge.suffices(self.states, self._k):

@@ -10,9 +10,9 @@ from pathlib import Path
 from qad.errors import UserError, unknown_name
 from qad.evals.task import Task
 from qad.evals.tasks import following, jsonl, procedural, programs, published
-from qad.evals.tasks.items import distinct, majority_baseline
+from qad.evals.tasks.items import distinct
 
-__all__ = ["distinct", "load", "majority_baseline", "names"]
+__all__ = ["distinct", "load", "names"]
 
 
 def names() -> list[str]:

@@ -1,7 +1,8 @@
 """IFEval and IFBench: prompts with instructions whose keeping a program can check; the checkers are if-verifiable's.
 
 Right is what the papers call prompt-level strict: every instruction is kept, by the text as it stands. Whether it would
-be kept loosely (first or last line taken away, stars of Markdown removed) stands in the detail.
+be kept loosely (first or last line taken away, stars of Markdown removed) stands in the detail. A text that was cut off
+is judged as it stands too, as the papers' own programs do: what it is to contain may be there already.
 """
 
 import contextlib
@@ -102,9 +103,14 @@ class InstructionTask:
     name: str
     items: Sequence[Item]
     kind: None = None
+    notes: Sequence[str] = ()
 
-    def score(self, item: Item, text: str) -> Score:
-        """Judge a text by the checkers of its instructions."""
+    def judge(self, item: Item) -> str:
+        """Return the benchmark whose checkers judge."""
+        return self.name
+
+    def score(self, item: Item, text: str, reason: str = "stop") -> Score:
+        """Judge a text by the checkers of its instructions, whatever it was ended by."""
         from if_verifiable.common import evaluate_instructions
 
         body = strip_thinking(text)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qad.final_answer import extract, strip_thinking
+from qad.final_answer import boxed, extract, strip_thinking
 
 _LETTER = re.compile(
     r"^\W*(?:final\s+)?answer\s*(?:\*\*)?\s*:\s*(?:\*\*)?\s*\(?([A-Z])\)?[.*\s]*\Z", re.IGNORECASE | re.MULTILINE
@@ -36,15 +36,10 @@ class Form:
         return self.kept(strip_thinking(text))
 
 
-def _closed_box(body: str) -> bool:
-    # A box that is not closed, or empty, gives no answer.
-    return "\\boxed" in body and extract(body[body.rindex("\\boxed") :], None, marked=True) is not None
-
-
-BOXED = Form("Reason step by step, then give the final answer in \\boxed{}.", _closed_box)
+BOXED = Form("Reason step by step, then give the final answer in \\boxed{}.", boxed)
 BOXED_TEXT = Form(
     "Reason step by step, then give the final answer, in the format that was asked for above, in \\boxed{}.",
-    _closed_box,
+    boxed,
 )
 LETTER = Form(
     'Reason step by step, then end with the line "Answer: X", where X is the letter of the right choice.',

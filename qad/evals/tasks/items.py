@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from qad.evals.task import Item, Score, Task
 from qad.evals.tasks.forms import Form
-from qad.final_answer import Kind, extract, same
+from qad.final_answer import Kind, answer_of, same
+
+NO_ANSWER = "no answer found"
+CUT_OFF = "cut off before an answer"
 
 
 def digest(text: str) -> str:
@@ -37,22 +40,6 @@ def distinct(items: Iterable[Item], others: Iterable[Item] = ()) -> list[Item]:
     return kept
 
 
-def majority_baseline(items: Sequence[Item]) -> tuple[str, float] | None:
-    """Return the most frequent solution and the accuracy of always giving it: what a model must beat.
-
-    None where items have no solution to count (a checker judges them), or no two of them have the same.
-    """
-    counts: dict[str, int] = {}
-    for item in items:
-        if not item.solution:
-            return None
-        counts[item.solution] = counts.get(item.solution, 0) + 1
-    best = max(counts, key=lambda solution: counts[solution], default="")
-    if not counts or (counts[best] == 1 and len(items) > 1):
-        return None
-    return best, counts[best] / len(items)
-
-
 @dataclass(frozen=True)
 class ComparedTask:
     """Items whose answers are compared with one solution.
@@ -68,13 +55,18 @@ class ComparedTask:
     kind: Kind
     items: Sequence[Item]
     form: Form
+    notes: Sequence[str] = ()
 
-    def score(self, item: Item, text: str) -> Score:
+    def judge(self, item: Item) -> str:
+        """Return how answers are compared."""
+        return self.kind
+
+    def score(self, item: Item, text: str, reason: str = "stop") -> Score:
         """Judge a text by the answer that is found in it."""
-        answer = extract(text, self.kind)
+        answer = answer_of(text, reason, self.kind)
         kept = self.form.kept_by(text)
         if answer is None:
-            return Score(False, None, kept, "no answer found")
+            return Score(False, None, kept, NO_ANSWER if reason == "stop" else CUT_OFF)
         right = same(answer, item.solution, self.kind)
         return Score(right, answer, kept, "" if right else f"expected {item.solution[:80]}")
 
@@ -88,19 +80,25 @@ class MixedTask:
         kind: How answers are compared; None where the items differ in it.
         items: The questions.
         judges: What judges an item, by its id.
+        notes: How, as far as it does not go without saying.
     """
 
     name: str
     kind: Kind | None
     items: Sequence[Item]
     judges: Mapping[str, Task]
+    notes: Sequence[str] = ()
 
-    def score(self, item: Item, text: str) -> Score:
+    def judge(self, item: Item) -> str:
+        """Return what the item's own judge is."""
+        return self.judges[item.id].judge(item)
+
+    def score(self, item: Item, text: str, reason: str = "stop") -> Score:
         """Judge a text as the item wants it."""
-        return self.judges[item.id].score(item, text)
+        return self.judges[item.id].score(item, text, reason)
 
 
-def mixed(name: str, items: Sequence[Item], judges: Mapping[str, Task]) -> MixedTask:
+def mixed(name: str, items: Sequence[Item], judges: Mapping[str, Task], notes: Sequence[str] = ()) -> MixedTask:
     """Return items with a judge each as a task."""
     kinds: set[Kind | None] = {judges[item.id].kind for item in items}
-    return MixedTask(name, kinds.pop() if len(kinds) == 1 else None, items, judges)
+    return MixedTask(name, kinds.pop() if len(kinds) == 1 else None, items, judges, notes)

@@ -2,11 +2,15 @@
 
 ``task`` says how an answer is judged: ``math``, ``choice``, ``text``; ``code`` with ``meta`` that has ``tests`` (Python
 that calls the answer's functions, and ``setup`` for what it needs); or ``reasoning_gym:NAME`` with the ``meta`` that
-such an item has. Without it, the solutions of the whole file say it: letters are choices, numbers are mathematics, all
-else is text. Prompts are taken as they are: what form the answer shall have stands in them.
+such an item has. Prompts are taken as they are: what form the answer shall have stands in them.
+
+The rows without a ``task`` are compared in one way, which their own solutions say: as choices if each is one capital
+letter, as mathematics if each is a number, else as text. One way for all, because answers of a single kind can be
+voted on, and because a number among words is a word. It is the same whatever the other rows declare and however many
+rows are asked, and ``MixedTask.notes`` tells it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,10 +60,18 @@ def _meta(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return value
 
 
-def _guessed(solutions: list[str]) -> Kind:
+def _guessed(solutions: Sequence[str]) -> Kind:
+    """Return how solutions are compared where nobody says it."""
     if all(len(solution) == 1 and "A" <= solution <= "Z" for solution in solutions):
         return "choice"
     return "math" if all(number(solution) is not None for solution in solutions) else "text"
+
+
+_SAID = {
+    "choice": "choices (their solutions are single capital letters)",
+    "math": "mathematics (their solutions are numbers)",
+    "text": "text (their solutions are neither all capital letters nor all numbers)",
+}
 
 
 def load(path: Path, *, limit: int | None = None) -> MixedTask:
@@ -68,13 +80,18 @@ def load(path: Path, *, limit: int | None = None) -> MixedTask:
     Raises:
         UserError: The file is unreadable, or a row lacks a column, has a value of another type or an unknown ``task``.
     """
-    rows = read_rows(path)[:limit]
+    rows = read_rows(path)
     solutions = [_text(row, "solution", where) for where, row in rows]
-    guessed = _guessed([solution for solution in solutions if solution is not None])
+    # A row that says nothing has no task, or an empty one, as spreadsheets write it.
+    undeclared = [row.get("task") in (None, "") for _, row in rows]
+    # Of the whole file: a limit shall not change how the first rows are compared.
+    guessed = _guessed([text for text, free in zip(solutions, undeclared, strict=True) if free and text])
     items: list[Item] = []
     judges: dict[str, Task] = {}
-    for index, ((where, row), solution) in enumerate(zip(rows, solutions, strict=True)):
-        prompt, judge = _prompt(row, where), row.get("task") or guessed
+    for index, ((where, row), solution, free) in enumerate(zip(rows, solutions, undeclared, strict=True)):
+        if index == limit:
+            break
+        prompt = _prompt(row, where)
         item = Item(
             id=item_id(index, prompt),
             prompt=prompt,
@@ -83,13 +100,16 @@ def load(path: Path, *, limit: int | None = None) -> MixedTask:
             chain=_text(row, "chain", where),
             meta=_meta(row, where),
         )
-        judges[item.id] = _judge(judge, item, where)
+        judges[item.id] = _judge(guessed if free else row["task"], item, where)
         items.append(item)
-    return mixed(path.stem, distinct(items), judges)
+    asked = len(items)
+    count = sum(undeclared[:asked])
+    told = f"{count} of {asked} rows have no `task`: compared as {_SAID[guessed]}"
+    return mixed(path.stem, distinct(items), judges, [told] if count else [])
 
 
 def _judge(judge: Any, item: Item, where: str) -> Task:
-    if judge in _KINDS:
+    if isinstance(judge, str) and judge in _KINDS:
         if not item.solution:
             raise UserError(f"{where}: `solution` is missing; expected the right answer")
         return ComparedTask(str(judge), cast(Kind, judge), (), AS_GIVEN)

@@ -28,8 +28,8 @@ from qad.errors import UserError, unknown_name
 from qad.evals.task import Item, Score
 from qad.evals.tasks.forms import BOXED, BOXED_TEXT, Form
 from qad.evals.tasks.guard import harmless
-from qad.evals.tasks.items import digest, distinct, item_id
-from qad.final_answer import Kind, extract
+from qad.evals.tasks.items import CUT_OFF, NO_ANSWER, digest, distinct, item_id
+from qad.final_answer import Kind, answer_of, extract
 
 PREFIX = "reasoning_gym:"
 _ENOUGH = 0.999
@@ -240,24 +240,29 @@ class ProceduralTask:
     items: Sequence[Item]
     dataset: str
     entries: Mapping[str, dict[str, Any]]
+    notes: Sequence[str] = ()
 
-    def score(self, item: Item, text: str) -> Score:
+    def judge(self, item: Item) -> str:
+        """Return the task without its level, on which the scorer does not depend."""
+        return PREFIX + self.dataset
+
+    def score(self, item: Item, text: str, reason: str = "stop") -> Score:
         """Judge a text by the package's scorer: right means full credit."""
-        answer = extract(text, self.kind)
+        answer = answer_of(text, reason, self.kind)
         kept = _form(self.dataset).kept_by(text)
         if answer is None:
-            return Score(False, None, kept, "no answer found")
+            return Score(False, None, kept, NO_ANSWER if reason == "stop" else CUT_OFF)
         made = self.entries[item.id] if item.id in self.entries else entry(item.meta)
-        credit, reason = score_answer(self.dataset, answer, made)
+        credit, failure = score_answer(self.dataset, answer, made)
         if credit < _ENOUGH and made["answer"] is not None:
             # What extraction takes away, such as a full stop at the end, it takes from the package's answer too.
             expected = extract(f"\\boxed{{{made['answer']}}}", self.kind)
             if answer == expected:
-                credit, reason = score_answer(self.dataset, str(made["answer"]), made)
+                credit, failure = score_answer(self.dataset, str(made["answer"]), made)
         detail = ""
         if credit < _ENOUGH:
             expected = f", expected {item.solution[:_SHOWN]}" if item.solution else ""
-            detail = f"{reason or f'credit {credit:.2f}'}{expected}"
+            detail = f"{failure or f'credit {credit:.2f}'}{expected}"
         return Score(credit >= _ENOUGH, answer, kept, detail)
 
 

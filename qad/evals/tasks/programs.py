@@ -19,9 +19,9 @@ from qad.errors import UserError
 from qad.evals import sandbox
 from qad.evals.task import Item, Score
 from qad.evals.tasks.forms import CODE
-from qad.evals.tasks.items import distinct, item_id
+from qad.evals.tasks.items import CUT_OFF, distinct, item_id
 from qad.evals.tasks.rows import Source, rows_of
-from qad.final_answer import Kind, extract
+from qad.final_answer import Kind, answer_of
 
 _HUMANEVAL = Source(
     "openai/openai_humaneval",
@@ -95,18 +95,23 @@ class ProgramTask:
     name: str
     items: Sequence[Item]
     kind: Kind = "code"
+    notes: Sequence[str] = ()
 
-    def score(self, item: Item, text: str) -> Score:
+    def judge(self, item: Item) -> str:
+        """Return the one judge of programs."""
+        return self.kind
+
+    def score(self, item: Item, text: str, reason: str = "stop") -> Score:
         """Judge a text by running the program that is found in it.
 
         Raises:
             UserError: There is no working sandbox; the message says why.
         """
         sandbox.require()
-        code = extract(text, "code")
+        code = answer_of(text, reason, "code")
         kept = CODE.kept_by(text)
         if code is None:
-            return Score(False, None, kept, "no code found")
+            return Score(False, None, kept, "no code found" if reason == "stop" else CUT_OFF)
         verdict = _contest(item.meta, code) if "private" in item.meta else _tested(item.meta, code)
         return Score(verdict.passed, code, kept, verdict.detail)
 
