@@ -106,11 +106,11 @@ def make_records(folder: Path) -> Made:
 
 
 def _evaluate(folder: Path, output: Path) -> None:
-    """Run ``qad eval`` on questions that random weights answer wrong, but in the form asked for or not."""
-    rows = [{"prompt": f"What is {n} + {n}?", "solution": str(2 * n), "level": n % 2} for n in range(6)]
+    """Run ``qad eval`` on questions that random weights answer wrong, at such length that many answers end."""
+    rows = [{"prompt": f"What is {n} + {n}?", "solution": str(2 * n), "level": n % 2, "task": "text"} for n in range(6)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["eval", str(folder / "four.gguf"), "--reference", str(folder / "eight.gguf"), "--k", "2"]
-    arguments += ["--trained", str(folder / "sums.jsonl"), "--new-tokens", "6", "--threads", "1"]
+    arguments += ["--trained", str(folder / "sums.jsonl"), "--new-tokens", "300", "--threads", "1"]
     arguments += ["--text", str(folder / "words.txt"), "--chunk-tokens", "64", "--chunks", "2"]
     done = CliRunner().invoke(app, [*arguments, "--json", str(output), "-o", str(folder / "samples")])
     assert done.exit_code == 0, done.output
