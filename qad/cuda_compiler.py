@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qad.native import SOURCES, NativeUnavailable, cache_folder
+from qad.cpu_compiler import SOURCES, NativeUnavailable, cache_folder
 
 MINIMUM_CAPABILITY = 80
 # Each product and sum rounds on its own, as in the reference.

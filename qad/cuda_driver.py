@@ -12,8 +12,8 @@ from functools import cache
 
 import torch
 
+from qad.cpu_compiler import NativeUnavailable
 from qad.cuda_compiler import Code, compile_source
-from qad.native import NativeUnavailable
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,27 @@
-"""The kernels of csrc/cpu: compiled on first use with the system's C++ compiler, cached by content, called by ctypes.
+"""The kernels of csrc/cpu, called by ctypes: the library that ``qad.cpu_compiler`` builds on first use, as functions.
 
-Nothing happens on import. The first call compiles csrc/ for the best instruction set that this processor has and keeps
-the library in the user's cache folder under a hash of sources, flags and compiler. Another processor finds another
-name there, so a cache may be shared between machines. Each process that finds no library
-builds its own in a temporary folder and renames it into place: no lock can go stale, and what is given up is the work
-of those that come second.
+Nothing happens on import. The first call compiles for a second or two where no library is in the cache.
 
 Shapes: N output features, K input features, G blocks along K, T tokens, V vocabulary.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qad import files
+from qad.cpu_compiler import (
+    NativeUnavailable,
+    build,
+    cache_folder,
+    find_compiler,
+    instruction_sets,
+    is_whole,
+    library_path,
+)
 from qad.errors import UserError
 from qad.grid import Grid
 from qad.noise import NOISE_MODES, Noise
@@ -38,187 +32,6 @@ LAYOUTS = ("gguf", "gptq", "onnx")
 DIVERGENCES = ("forward", "reverse", "jsd")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = {name: index for index, name in enumerate(NOISE_MODES)}
-SOURCES = Path(__file__).with_name("csrc")
-# No contraction: a fused product and sum would round once where the reference rounds twice.
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti")
-_X86 = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-}
-
-
-class NativeUnavailable(Exception):
-    """There is no library to call; the message says why and what would help."""
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One object file."""
-
-    source: str
-    name: str
-    flags: tuple[str, ...]
-
-
-def _sets_of(machine: str) -> dict[str, tuple[str, ...]]:
-    """Return the instruction sets there are kernels for on a kind of processor, best first, and their flags."""
-    if machine in ("x86_64", "amd64"):
-        return {"avx512": _X86["avx512"], "avx2": _X86["avx2"], "portable": ()}
-    if machine in ("aarch64", "arm64"):
-        return {"neon": (), "portable": ()}
-    return {"portable": ()}
-
-
-def _units(machine: str, sets: Sequence[str]) -> list[_Unit]:
-    """Return what is compiled for a kind of processor, in this order."""
-    units: list[_Unit] = []
-    known = _sets_of(machine)
-    for name in sets:
-        flags = (*known[name], f"-DQAD_USE_{name.upper()}", f"-DQAD_SET={name}")
-        units += [_Unit(f"cpu/{part}.cpp", f"{part}-{name}", flags) for part in ("kernels", "divergence")]
-    api = {"avx512": ("-DQAD_HAVE_X86",), "neon": ("-DQAD_HAVE_NEON",)}.get(next(iter(known)), ())
-    return [*units, _Unit("cpu/api.cpp", "api", api)]
-
-
-@cache
-def instruction_sets() -> list[str]:
-    """Return the instruction sets that kernels are written for and this machine can run, the best last."""
-    sets = _sets_of(platform.machine().lower())
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    # Not asked of the library, because what it is built for depends on the answer; it checks again when it is loaded.
-    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
-    able = {
-        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"} <= flags,
-        "avx2": {"avx2", "fma", "f16c"} <= flags,
-    }
-    return [name for name in reversed(sets) if able.get(name, True)]
-
-
-def find_compiler() -> list[str]:
-    """Return the command of the C++ compiler: ``$CXX``, c++, g++ or clang++.
-
-    Raises:
-        NativeUnavailable: There is none.
-    """
-    if chosen := os.environ.get("CXX", "").strip():
-        try:
-            return shlex.split(chosen)
-        except ValueError as error:
-            raise NativeUnavailable(f"CXX is no command of a shell: {chosen} ({error})") from None
-    for name in ("c++", "g++", "clang++"):
-        if path := shutil.which(name):
-            return [path]
-    raise NativeUnavailable("no C++ compiler found: install g++ or clang++ (Debian: apt install g++), or set CXX")
-
-
-def _run(commands: Sequence[list[str]]) -> None:
-    """Run commands at the same time and wait for all of them.
-
-    Raises:
-        NativeUnavailable: One failed.
-    """
-    try:
-        running = [
-            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") for command in commands
-        ]
-    except OSError as error:
-        raise NativeUnavailable(f"the C++ compiler cannot be run: {error}; CXX can name another") from None
-    failures = [
-        f"{shlex.join(command)}\n{errors.strip()}"
-        for command, process in zip(commands, running, strict=True)
-        if (errors := process.communicate()[1]) is not None and process.returncode
-    ]
-    if failures:
-        raise NativeUnavailable("the kernels do not compile; CXX can name another C++ compiler\n" + failures[0])
-
-
-def build(
-    target: Path,
-    compiler: Sequence[str] | None = None,
-    flags: Sequence[str] = (),
-    machine: str | None = None,
-    sets: Sequence[str] | None = None,
-) -> None:
-    """Compile csrc/cpu to a shared library.
-
-    Args:
-        target: The library to write; appears whole or not at all.
-        compiler: Command of the compiler; found if None.
-        flags: More flags, for every file and the linker.
-        machine: Kind of processor, as ``platform.machine()`` names it; this one if None.
-        sets: Instruction sets to include; all there are for the processor if None.
-
-    Raises:
-        NativeUnavailable: No compiler, or it fails.
-    """
-    kind = (machine or platform.machine()).lower()
-    command = list(compiler or find_compiler())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
-        units = _units(kind, list(_sets_of(kind)) if sets is None else sets)
-        objects = [str(Path(folder) / f"{unit.name}.o") for unit in units]
-        _run(
-            [
-                [*command, *_FLAGS, *unit.flags, *flags, "-c", str(SOURCES / unit.source), "-o", compiled]
-                for unit, compiled in zip(units, objects, strict=True)
-            ]
-        )
-        linked = Path(folder) / target.name
-        _run([[*command, *flags, "-shared", "-pthread", "-o", str(linked), *objects]])
-        _seal(linked)
-        linked.replace(target)
-
-
-def _seal(library: Path) -> None:
-    """Append the hash of a library to it, which loaders do not mind."""
-    with library.open("r+b") as file:
-        file.write(hashlib.sha256(file.read()).digest())
-
-
-def _is_whole(library: Path) -> bool:
-    """Return whether a library is as it was built. To load one that is not may end the process without a word."""
-    try:
-        content = library.read_bytes()
-    except FileNotFoundError:
-        return False
-    return content[-32:] == hashlib.sha256(content[:-32]).digest()
-
-
-def cache_folder() -> Path:
-    """Return where built libraries are kept; see ``qad.files``.
-
-    Raises:
-        NativeUnavailable: There is no home folder.
-    """
-    try:
-        return files.cache_folder()
-    except UserError:
-        raise NativeUnavailable("there is no home folder to keep built kernels in: set XDG_CACHE_HOME") from None
-
-
-def library_path(compiler: Sequence[str], sets: Sequence[str] | None = None) -> Path:
-    """Return where the library of these sources, flags, instruction sets and compiler belongs.
-
-    Args:
-        compiler: Command of the compiler.
-        sets: Instruction sets it includes; the best that this machine can run if None.
-    """
-    units = _units(platform.machine().lower(), instruction_sets()[-1:] if sets is None else sets)
-    digest = hashlib.sha256()
-    for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("cpu/*")]):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    try:
-        asked = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
-        version = asked.stdout
-    except OSError as error:
-        raise NativeUnavailable(
-            f"the C++ compiler {shlex.join(compiler)} cannot be run: {error}; CXX can name another"
-        ) from None
-    digest.update(repr((_FLAGS, units, sys.platform, list(compiler), version)).encode())
-    return cache_folder() / f"native-{digest.hexdigest()[:16]}" / "libqad.so"
 
 
 def _bind(path: Path) -> ctypes.CDLL:
@@ -281,7 +94,7 @@ def _load(sets: tuple[str, ...] | None = None) -> ctypes.CDLL | str:
     try:
         compiler = find_compiler()
         path = library_path(compiler, sets)
-        if not _is_whole(path):
+        if not is_whole(path):
             build(path, compiler, sets=instruction_sets()[-1:] if sets is None else sets)
         return _bind(path)
     except NativeUnavailable as error:

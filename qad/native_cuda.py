@@ -12,9 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qad.cpu_compiler import NativeUnavailable
 from qad.cuda_driver import Gpu, Launch, Source
 from qad.grid import Grid
-from qad.native import NativeUnavailable
 from qad.noise import HARD, NOISE_MODES, Noise
 
 DIVERGENCES = ("forward", "reverse", "jsd")

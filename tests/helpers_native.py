@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qad import native
+from qad import cpu_compiler
 
 _SOURCE = Path(__file__).with_name("native_fuzz.cpp")
 _FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")
@@ -29,8 +29,8 @@ class Outcome:
 
 def compiler_or_skip() -> list[str]:
     try:
-        return native.find_compiler()
-    except native.NativeUnavailable as error:
+        return cpu_compiler.find_compiler()
+    except cpu_compiler.NativeUnavailable as error:
         pytest.skip(str(error))
 
 
@@ -39,7 +39,7 @@ def build_fuzzer(
 ) -> list[str]:
     """Compile the kernels, as qad does, and the fuzzer; return its command."""
     library, program = folder / "libqad.so", folder / "native_fuzz"
-    native.build(library, compiler, flags, machine)
+    cpu_compiler.build(library, compiler, flags, machine)
     command = [*compiler, *_FLAGS, *flags, str(_SOURCE), str(library), f"-Wl,-rpath,{folder}", "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

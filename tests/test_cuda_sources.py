@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from qad import cuda_compiler, cuda_driver, native_cuda
 from qad import divergence as plain
+from qad.cpu_compiler import SOURCES, NativeUnavailable
 from qad.grid import GRIDS, get_grid
-from qad.native import SOURCES, NativeUnavailable
 from qad.noise import NOISE_MODES, Noise
 from tests.helpers_kernels import (
     CPU,

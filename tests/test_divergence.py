@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qad import cpu_compiler, native
 from qad import divergence as reference
-from qad import native
 from qad.losses import KL_MODES
 
-IMPLEMENTATIONS = ["reference", *native.instruction_sets()]
+IMPLEMENTATIONS = ["reference", *cpu_compiler.instruction_sets()]
 KINDS = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.5), ("jsd", 0.125), ("jsd", 0.875)]
 
 

@@ -36,6 +36,7 @@ FLOORS = {
     "qad.tensor": 1,
     "qad.tensor_file": 1,
     "qad.noise": 1,
+    "qad.cpu_compiler": 1,
     "qad.native": 1,
     "qad.cuda_compiler": 1,
     "qad.cuda_driver": 1,

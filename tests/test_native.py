@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qad import native
+from qad import cpu_compiler, native
 from qad.errors import UserError
 from qad.fake_quant import fake_quantize, fake_quantize_backward
 from qad.grid import GRIDS, Grid
@@ -177,7 +177,7 @@ def test_forward_and_backward(grid: Grid, dtype: torch.dtype, given: bool) -> No
             grad = gradient(weight, out_dtype)
             by_scale = fake_quantize_backward(grad, weight, scales, grid, noise, learn_scales=True)
             assert by_scale is not None
-            for name in native.instruction_sets():
+            for name in cpu_compiler.instruction_sets():
                 with forced(name):
                     what = f"{name}, {noise.mode}, {noise.hard_share}, {out_dtype}"
                     got, got_used = torch.full_like(out, 7.0), torch.full_like(used, 7.0)
@@ -211,7 +211,7 @@ def test_quantize_and_dequantize(grid: Grid, dtype: torch.dtype, given: bool) ->
     quantized = quantize(sound, grid, rounded.masked_fill(damaged, 1.0))
     stored = quantized.scales_NG.masked_fill(damaged, math.nan)
     decoded = dequantize(quantized).masked_fill(damaged.repeat_interleave(grid.block, dim=1), math.nan)
-    for name in native.instruction_sets():
+    for name in cpu_compiler.instruction_sets():
         with forced(name):
             got_codes, got_stored = torch.full_like(quantized.codes_NK, 99), torch.full_like(stored, 7.0)
             assert native.quantize(weight, scales, grid, got_codes, got_stored) == int(damaged.sum())
@@ -232,7 +232,7 @@ def test_every_half_scale_is_decoded() -> None:
     halves = halves[halves.isfinite()].view(-1, 1)
     codes = torch.arange(-16, 16, dtype=torch.int8).expand(len(halves), 32).contiguous()
     expected = dequantize(QuantizedTensor(codes, halves, grid))
-    for name in native.instruction_sets():
+    for name in cpu_compiler.instruction_sets():
         with forced(name):
             for dtype in DTYPES:
                 out = torch.empty(codes.shape, dtype=dtype)
@@ -259,7 +259,7 @@ def test_every_short_float_and_all_roundings_to_one(dtype: torch.dtype) -> None:
     for scale, out_dtype in itertools.product((1.0, 2.0**13), DTYPES):
         scales = torch.full((len(weight), 1), scale)
         expected = fake_quantize(weight, scales, grid, noise, torch.empty(weight.shape, dtype=out_dtype))
-        for name in native.instruction_sets():
+        for name in cpu_compiler.instruction_sets():
             with forced(name):
                 out = torch.empty(weight.shape, dtype=out_dtype)
                 native.fake_quantize(weight, scales, grid, noise, out, None)
@@ -278,7 +278,7 @@ def test_any_number_of_blocks(rows: int) -> None:
         expected_by_scale = fake_quantize_backward(expected_grad, weight, None, grid, noise, learn_scales=True)
         quantized = quantize(weight, grid)
         assert expected_by_scale is not None
-        for name in native.instruction_sets():
+        for name in cpu_compiler.instruction_sets():
             with forced(name):
                 out, used = torch.empty_like(weight), torch.empty(rows, 1)
                 got_grad, by_scale = grad.clone(), torch.empty(rows, 1)
@@ -307,7 +307,7 @@ def test_infinite_and_missing_gradients_stay_where_they_are() -> None:
         assert by_scale is not None
         assert bool(expected.isnan().any())
         assert bool(by_scale.isnan().any())
-        for name in native.instruction_sets():
+        for name in cpu_compiler.instruction_sets():
             with forced(name):
                 got, got_by_scale = grad.clone(), torch.empty_like(by_scale)
                 assert native.fake_quantize_backward(got, weight, None, grid, Noise(), got_by_scale) == 0
@@ -324,7 +324,7 @@ def test_the_edges_of_the_hard_share(share: float) -> None:
     weight = torch.randn(4000, 32, generator=torch.Generator().manual_seed(1))
     noise = Noise("uniform", share, 1, 2, 3)
     expected = fake_quantize(weight, None, grid, noise)
-    for name in native.instruction_sets():
+    for name in cpu_compiler.instruction_sets():
         with forced(name):
             out = torch.empty_like(weight)
             native.fake_quantize(weight, None, grid, noise, out, None)
@@ -340,7 +340,7 @@ def test_all_words_of_seed_tensor_and_step(seed: int, mode: str) -> None:
     for tensor, step in ((0, 0), (0xFFFFFFFF, 1), (1 << 31, 0xFFFFFFFF)):
         noise = Noise(mode, 0.4, seed, tensor, step)
         expected = fake_quantize(weight, None, grid, noise)
-        for name in native.instruction_sets():
+        for name in cpu_compiler.instruction_sets():
             with forced(name):
                 out = torch.empty_like(weight)
                 native.fake_quantize(weight, None, grid, noise, out, None)
@@ -356,7 +356,7 @@ def test_random_values(count: int) -> None:
         (0x123456789ABCDEF0, 5, 1 << 31, 7),
     ):
         expected = uniform16(count, seed=seed, tensor=tensor, step=step, stream=stream)
-        for name in native.instruction_sets():
+        for name in cpu_compiler.instruction_sets():
             with forced(name):
                 got = native.uniform16(count, seed=seed, tensor=tensor, step=step, stream=stream)
                 check(got, expected, name)
@@ -406,7 +406,7 @@ def test_unaligned_views_and_their_surroundings(dtype: torch.dtype, offset: int)
         native.quantize(weight, scales, grid, plain_codes, plain_stored)
         plain_decoded = torch.empty_like(weight)
         native.dequantize(plain_codes, plain_stored, grid, plain_decoded)
-        for name in native.instruction_sets():
+        for name in cpu_compiler.instruction_sets():
             guarded = Guarded(offset)
             with forced(name):
                 at_weight, at_scales = guarded.place(weight), guarded.place(scales)
@@ -438,7 +438,7 @@ def test_unaligned_views_and_their_surroundings(dtype: torch.dtype, offset: int)
 @pytest.mark.parametrize("noise", [HARD, Noise("uniform", 0.0, seed=1)], ids=["hard", "uniform"])
 def test_outputs_past_the_caches_have_the_same_bits(in_dtype: torch.dtype, noise: Noise) -> None:
     """Large outputs are stored by other instructions where their address allows it, which an odd one does not."""
-    found = re.search(r"STREAMING_ELEMENTS = 1 << (\d+);", (native.SOURCES / "cpu/api.cpp").read_text())
+    found = re.search(r"STREAMING_ELEMENTS = 1 << (\d+);", (cpu_compiler.SOURCES / "cpu/api.cpp").read_text())
     assert found, "large outputs are told apart in another way: size this tensor anew"
     weight = (torch.randn((1 << int(found[1])) // 4096 + 1, 4096) * 0.02).to(in_dtype)
     weight[3, 5], weight[-1, -1] = torch.nan, torch.inf
@@ -455,7 +455,7 @@ def test_outputs_past_the_caches_have_the_same_bits(in_dtype: torch.dtype, noise
 
 
 def elements_per_thread() -> int:
-    found = re.search(r"ELEMENTS_PER_THREAD = 1 << (\d+);", (native.SOURCES / "cpu/api.cpp").read_text())
+    found = re.search(r"ELEMENTS_PER_THREAD = 1 << (\d+);", (cpu_compiler.SOURCES / "cpu/api.cpp").read_text())
     assert found, "the kernels split their work in another way: size this tensor anew"
     return 1 << int(found[1])
 
@@ -575,15 +575,15 @@ def test_what_no_layout_holds_is_refused(layout: str) -> None:
 def test_where_there_is_a_compiler_there_are_kernels() -> None:
     """Else all of these tests would skip, and nobody would see it."""
     try:
-        native.find_compiler()
-    except native.NativeUnavailable as error:
+        cpu_compiler.find_compiler()
+    except cpu_compiler.NativeUnavailable as error:
         pytest.skip(str(error))
     assert native.available() is None
 
 
 @needs_library
 def test_instruction_sets_can_be_forced() -> None:
-    names = native.instruction_sets()
+    names = cpu_compiler.instruction_sets()
     assert names[0] == "portable"
     assert native.instruction_set() in names
     assert native.describe() == f"native, {native.instruction_set()}"
@@ -635,7 +635,7 @@ esac
 
 
 def built_library() -> Path:
-    return native.library_path(native.find_compiler())
+    return cpu_compiler.library_path(cpu_compiler.find_compiler())
 
 
 @needs_library
@@ -666,7 +666,7 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 EIGHT = """
 import hashlib, json, multiprocessing, time, torch
-from qad import native
+from qad import cpu_compiler, native
 from qad.grid import GRIDS
 from qad.noise import Noise
 
@@ -728,7 +728,7 @@ def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = native.available()
     assert reason is not None
     assert re.search(r"no C\+\+ compiler found: install g\+\+.*or set CXX", reason)
-    with pytest.raises(native.NativeUnavailable, match="no C\\+\\+ compiler"):
+    with pytest.raises(cpu_compiler.NativeUnavailable, match="no C\\+\\+ compiler"):
         native.library()
     assert native.describe() == f"plain torch ({reason})"
 
@@ -764,7 +764,10 @@ def test_a_library_that_is_not_whole_is_built_again(tmp_path: Path, kept: int) -
     # As a machine leaves it that loses its power. In a process of its own: to load such a library can end it.
     library = built_library()
     compiler = script(tmp_path / "c++", QUICK_COMPILER.format(log=tmp_path / "log", library=library))
-    program = "from qad import native; print(native.available(), native.library_path(native.find_compiler()))"
+    program = (
+        "from qad import native; from qad.cpu_compiler import find_compiler, library_path; "
+        "print(native.available(), library_path(find_compiler()))"
+    )
     for attempt in range(2):
         done = run_python(program, CXX=compiler, XDG_CACHE_HOME=str(tmp_path / "cache"))
         assert done.returncode == 0, done.stderr
@@ -806,15 +809,15 @@ def test_a_compiler_that_speaks_another_encoding(fresh: Path, monkeypatch: pytes
 
 def test_a_library_of_another_version_is_refused(fresh: Path) -> None:
     try:
-        compiler = native.find_compiler()
-    except native.NativeUnavailable as error:
+        compiler = cpu_compiler.find_compiler()
+    except cpu_compiler.NativeUnavailable as error:
         pytest.skip(str(error))
     source = fresh / "old.cpp"
     source.write_text(f'extern "C" int qad_api_version() {{ return {native.API_VERSION + 1}; }}\n')
-    path = native.library_path(compiler)
+    path = cpu_compiler.library_path(compiler)
     path.parent.mkdir(parents=True)
     subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
-    native._seal(path)
+    cpu_compiler.seal(path)
     reason = native.available()
     assert reason is not None
     assert re.search(rf"{path} speaks version {native.API_VERSION + 1} .*, not {native.API_VERSION}", reason)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qad import native
+from qad import cpu_compiler
 from qad.fake_quant import fake_quantize, fake_quantize_backward
 from qad.grid import Grid
 from qad.noise import NOISE_MODES, Noise
@@ -33,7 +33,7 @@ def test_a_million_random_shapes(fuzzer: list[str]) -> None:
     outcome = fuzz(fuzzer, "--cases", "1000000", "--large", "5")
     assert not outcome.mismatches, outcome.text
     assert outcome.cases == 1_000_000
-    assert outcome.instruction_sets == native.instruction_sets()
+    assert outcome.instruction_sets == cpu_compiler.instruction_sets()
     # What makes the comparison worth something did occur.
     assert outcome.damaged > 100_000
     assert outcome.outside > 0.05 * outcome.elements
@@ -144,11 +144,11 @@ FAULTS = {
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this nobody would know that the fuzzer can fail."""
     file, right, wrong = FAULTS[fault]
-    sources = shutil.copytree(native.SOURCES, tmp_path / "csrc")
+    sources = shutil.copytree(cpu_compiler.SOURCES, tmp_path / "csrc")
     text = (sources / file).read_text()
     assert text.count(right) == 1, "the kernels were rewritten: plant the fault anew"
     (sources / file).write_text(text.replace(right, wrong))
-    monkeypatch.setattr(native, "SOURCES", sources)
+    monkeypatch.setattr(cpu_compiler, "SOURCES", sources)
     outcome = fuzz(build_fuzzer(tmp_path, compiler_or_skip(), machine="plain"), "--cases", "20000")
     assert outcome.instruction_sets == ["portable"]
     assert outcome.mismatches, outcome.text

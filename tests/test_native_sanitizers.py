@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qad import native
+from qad import cpu_compiler
 from tests.helpers_native import build_fuzzer, compiler_or_skip, fuzz
 
 # -O1: what is watched is slow enough without the optimizer's minutes.
@@ -39,7 +39,7 @@ def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
     program = build_fuzzer(tmp_path, compiler, MEMORY)
     outcome = fuzz(program, "--exact", "--cases", "10000", "--large", "1", environment=environment())
     assert not outcome.mismatches, outcome.text
-    assert outcome.instruction_sets == native.instruction_sets()
+    assert outcome.instruction_sets == cpu_compiler.instruction_sets()
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:
@@ -52,12 +52,12 @@ def test_threads_do_not_race(tmp_path: Path) -> None:
 def test_a_read_beyond_the_end_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this nobody would know that the buffers are tight: the extra scale changes no result."""
     compiler = sanitizing_compiler_or_skip(MEMORY, tmp_path)
-    sources = shutil.copytree(native.SOURCES, tmp_path / "csrc")
+    sources = shutil.copytree(cpu_compiler.SOURCES, tmp_path / "csrc")
     kernels = sources / "cpu/fake_quant.h"
     right, wrong = "memcpy(padded, given, (size_t)blocks * 4)", "memcpy(padded, given, (size_t)blocks * 4 + 4)"
     assert kernels.read_text().count(right) == 1, "the kernels were rewritten: plant the fault anew"
     kernels.write_text(kernels.read_text().replace(right, wrong))
-    monkeypatch.setattr(native, "SOURCES", sources)
+    monkeypatch.setattr(cpu_compiler, "SOURCES", sources)
     program = build_fuzzer(tmp_path, compiler, MEMORY, machine="plain")
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
         fuzz(program, "--exact", "--cases", "200", environment=environment())
