@@ -16,8 +16,10 @@ import contextlib
 import ctypes
 import json
 import math
+import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ from rich.table import Table
 from qad.agreement import log_softmax
 from qad.errors import UserError
 from qad.gguf_check import check_gguf, read_header
+from qad.provenance import provenance
 from qad.runtimes import _cores, _llama_api, llamacpp
 
 _ROWS_AT_ONCE = 64
@@ -217,6 +220,7 @@ def made_files(teacher: Path, rivals: list[str], *, as_f32: bool, threads: int) 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     """Do what the command line asks."""
+    began = time.time()
     teacher: Path = arguments.teacher
     threads = arguments.threads or _cores.free_cores()
     skip = arguments.chunk_tokens // 2 if arguments.skip is None else arguments.skip
@@ -260,7 +264,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         f"({read_header(teacher).metadata['general.architecture']})"
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"teacher": str(teacher), "skip": skip, "rows": rows}, indent=1))
+        record = provenance(shlex.join(sys.argv), began) | {"teacher": str(teacher), "skip": skip, "rows": rows}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> int:

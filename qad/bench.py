@@ -9,27 +9,26 @@ memory and no threads.
 import itertools
 import json
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qad import __version__, devices, runtimes
+from qad import devices, runtimes
 from qad.bench_run import FIGURES, RULE, Measured, Task, digest, measure
 from qad.bench_table import print_table, short_name
 from qad.devices import HOST, Device
 from qad.errors import UserError, unknown_name
 from qad.files import check_output, replacing_file
-from qad.host import describe, host
+from qad.host import host
 from qad.model_facts import KV_TYPES, ModelFacts, model_facts
+from qad.provenance import provenance
 from qad.roofline import first_token_seconds, free_batch, memory, prefill_bound, step
 from qad.runtimes import _cores
 
@@ -42,7 +41,7 @@ KEYS = (
 # Beside them, each of which may be None: [least, most] of each figure over the repeats; the bounds of the figures;
 # the share of them that was reached; joules a token and who told; what the formula says of memory; why there is none.
 EXTRAS = ("spread", "bounds", "share_of_bound", "joules_per_token", "energy_source", "expected_bytes", "reason")
-_LIBRARIES = ("llama-cpp-python", "onnxruntime", "gptqmodel", "torch", "transformers")
+_INTERRUPTED = "interrupted"
 _DOUBLE = 2.0
 
 
@@ -259,16 +258,6 @@ def doubles_at(rows: Sequence[dict[str, Any]]) -> float | None:
     return None
 
 
-def _versions() -> dict[str, str]:
-    found = {"qad": __version__, "python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 class Bench:
     """Measures files and keeps what was found.
 
@@ -277,7 +266,7 @@ class Bench:
         command: What was typed, for the record.
 
     Attributes:
-        rows: One per runtime, file, prompt and K, as far as measured.
+        rows: One per runtime, file, prompt and K that was measured or has a reason why not.
 
     Raises:
         UserError: No such board.
@@ -288,6 +277,7 @@ class Bench:
         self._command = command
         self._board = Board(options)
         self._when = time.time()
+        self._cases: dict[Path, list[_Case]] = {}
         self._found: list[tuple[_Case, int, Measured]] = []
         self._files: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
@@ -297,7 +287,7 @@ class Bench:
         options = self._options
         for file in files:
             yield f"{short_name(str(file))}: reading"
-            cases = _cases(file, options.kv_type)
+            cases = self._cases[file] = _cases(file, options.kv_type)
             if cases[0].facts is not None:
                 sha256, size = digest(file)
                 self._files.append(
@@ -329,6 +319,22 @@ class Bench:
             if message is not None:
                 self._keep(case, prompt, message)
             yield name
+
+    def interrupted(self, files: Sequence[Path]) -> None:
+        """Keep for each K of some files that was not measured that this is because of an interrupt."""
+        options = self._options
+        known = {(case.name, case.runtime, prompt, measured.k) for case, prompt, measured in self._found}
+        for file in files:
+            # Which runtimes would have read a file that was not looked at yet is not known.
+            for case in self._cases.get(file, [_Case(file, "")]):
+                self._found += [
+                    (case, prompt, Measured(k, reason=case.reason or _INTERRUPTED))
+                    for prompt in options.prompt_tokens
+                    for k in options.ks
+                    if (case.name, case.runtime, prompt, k) not in known
+                ]
+        # All of them: the interrupt may have come between what was found and its row.
+        self.rows = [row(*found, options, self._board) for found in self._found]
 
     def _keep(self, case: _Case, prompt: int, measured: Measured) -> None:
         self._found.append((case, prompt, measured))
@@ -372,10 +378,7 @@ class Bench:
         """Return everything, for JSON."""
         return {
             "format": FORMAT,
-            "command": self._command,
-            "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._when)),
-            "machine": describe(),
-            "versions": _versions(),
+            **provenance(self._command, self._when),
             "options": asdict(self._options),
             "sampling": asdict(RULE),
             "device": {
@@ -458,6 +461,7 @@ def bench_command(
         some = any(one["reason"] is None for one in bench.rows)
         kept = "what was measured until then is kept" if some else "nothing was measured until then"
         print(f"interrupted: {kept}", file=sys.stderr)
+        bench.interrupted(files)
     print_table(Console(), list(bench.groups()), bench.batching(), bench.device, options.threads)
     if json_file is not None:
         with replacing_file(json_file) as temporary:

@@ -393,9 +393,12 @@ def verify(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
     """Prove that files decode to the trained weights, bit for bit; exit with 1 if not, with 2 if one is unreadable."""
+    import shlex
+
     from qad.verify_command import verify_command
 
-    raise typer.Exit(verify_command(run, files, text, runtime, threads, json_file))
+    command = shlex.join(["qad", *sys.argv[1:]])
+    raise typer.Exit(verify_command(run, files, text, runtime, threads, json_file, command))
 
 
 @app.command()

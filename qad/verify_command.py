@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -20,6 +21,7 @@ from qad.artifact import open_artifact
 from qad.errors import UserError
 from qad.export import Rounding
 from qad.files import check_output, replacing_file
+from qad.provenance import provenance
 from qad.verify import VerifyResult, verify
 
 
@@ -215,6 +217,7 @@ def verify_command(
     runtime: bool = True,
     threads: int | None = None,
     json_file: Path | None = None,
+    command: str = "",
 ) -> int:
     """Verify files, print what was found, and return the exit code.
 
@@ -225,6 +228,7 @@ def verify_command(
         runtime: Whether to run the files as well.
         threads: CPU threads; the free physical cores if None.
         json_file: Where to write all of it as JSON.
+        command: What was typed, for the record.
 
     Returns:
         0 if everything holds, 2 if one of several files cannot be read, else 1.
@@ -234,6 +238,7 @@ def verify_command(
     """
     if json_file is not None:
         check_output(json_file, "--json")
+    began = time.time()
     console = Console()
     sample = _read_text(text)
     artifact = open_artifact(run)
@@ -263,6 +268,7 @@ def verify_command(
     if json_file is not None:
         content = {
             "qad_version": __version__,
+            **provenance(command, began),
             "run": str(run),
             "run_hash": artifact.run_hash,
             "ok": all(report.ok for report in reports),

@@ -31,12 +31,14 @@ class Made:
 
     Attributes:
         run, other: Run folders of 4 and of 8 bits.
+        alone: Run folder of 4 bits without a teacher.
         bench, verify, quality, evaluation: JSON files; the proof is of one good and one bad file.
         bad: Name of the file that is not exact.
     """
 
     run: Path
     other: Path
+    alone: Path
     bench: Path
     verify: Path
     quality: Path
@@ -45,7 +47,7 @@ class Made:
 
     @property
     def all(self) -> list[Path]:
-        """All paths."""
+        """All paths but that of the run without a teacher."""
         return [self.run, self.other, self.bench, self.verify, self.quality, self.evaluation]
 
 
@@ -59,11 +61,13 @@ def make_records(folder: Path) -> Made:
         eval_every=2,
         **options,
     )
-    run, other = folder / "four", folder / "eight"
+    run, other, alone = folder / "four", folder / "eight", folder / "alone"
     distill(recipe, run, resume=False, console=Console(quiet=True))
     distill(
         dataclasses.replace(recipe, bits=8, steps=2, eval_every=1), other, resume=False, console=Console(quiet=True)
     )
+    untaught = dataclasses.replace(recipe, kl_weight=0.0, next_token_weight=1.0, steps=2, eval_every=1)
+    distill(untaught, alone, resume=False, console=Console(quiet=True))
     four, eight = folder / "four.gguf", folder / "eight.gguf"
     export.get("gguf").write(open_artifact(run), four)
     export.get("gguf").write(open_artifact(other), eight)
@@ -74,13 +78,14 @@ def make_records(folder: Path) -> Made:
     made = Made(
         run,
         other,
+        alone,
         folder / "bench.json",
         folder / "verify.json",
         folder / "quality.json",
         folder / "eval.json",
         bad.name,
     )
-    assert verify_command(run, [four, bad], None, True, 1, made.verify) == 1
+    assert verify_command(run, [four, bad], None, True, 1, made.verify, "qad verify four") == 1
     bench_command(
         [four, folder / "gone.gguf"],
         ks=",".join(map(str, KS)),

@@ -566,7 +566,10 @@ def test_quantize_and_what_it_prints(qad: Call, tmp_path: Path, model: Path) -> 
     for wanted in ("plan: 13 q4_0, 2 q8_0;", "teacher", "a plan over 4 bits (mse)", "KL", f"--plan {run}/plan.json"):
         assert wanted in result.out, wanted
     assert qad("export", run).code == 0
-    verified = qad("verify", run, run / "student.gguf", "--no-runtime")
+    arguments = (run, run / "student.gguf", "--no-runtime", "--json", tmp_path / "proof.json")
+    verified = qad("verify", *arguments)
+    told = json.loads((tmp_path / "proof.json").read_text())["command"]
+    assert told.split() == ["qad", "verify", *map(str, arguments)]
     assert (verified.code, "15 of 15" in verified.out) == (0, True)
     check_error(qad("quantize", model / "teacher", *flags, "-o", run), "holds another run")
     trained = qad("train", *options(model, steps=1), "--plan", run / "plan.json", "-o", tmp_path / "trained")

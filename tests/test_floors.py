@@ -25,6 +25,7 @@ FLOORS = {
     "qad.gguf_check": 0,
     "qad.devices": 0,
     "qad.host": 0,
+    "qad.provenance": 0,
     "qad.model_facts": 0,
     "qad.roofline": 0,
     "qad.fit": 0,

@@ -3,10 +3,13 @@
 import contextlib
 import json
 import math
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import deque
@@ -22,6 +25,7 @@ from qad.agreement import log_softmax
 from qad.answer import answer as show
 from qad.bench import EXTRAS, KEYS, bench_command
 from qad.errors import UserError
+from qad.report.command import report_command
 from qad.runtimes import Lost, Sampling, Step, Trajectory, format_of, llamacpp, open_model, remote, runtime_for
 from qad.runtimes._remote_server import address_of
 from qad.runtimes._remote_stream import first_seed
@@ -297,35 +301,74 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (_key("api.openai.com"), _key("h")) == ("theirs", None)
 
 
-def test_bench_of_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with serving(Script(owner="vllm", pause=0.01)) as url:
-        code = bench_command(
-            [Path(url)],
-            ks="1,3",
-            prompt_tokens="20",
-            new_tokens=8,
-            threads=None,
-            repeats=1,
-            kv_type="f16",
-            gpu=False,
-            device="raspberry-pi-5",
-            json_file=tmp_path / "out.json",
-            command="qad bench",
-        )
-    assert code == 0
+def test_bench_of_servers_until_an_interrupt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = Script(owner="vllm", pause=0.01)
+    over = threading.Event()
+
+    def interrupt() -> None:
+        # In the middle of what is asked for last: five answers side by side.
+        while not any(body.get("n") == 5 for body in list(script.bodies)):
+            if over.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    # A job in the background inherits that it is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    try:
+        with serving(script) as url:
+            code = bench_command(
+                [Path(url), tmp_path / "later.gguf"],
+                ks="1,3,5",
+                prompt_tokens="20",
+                new_tokens=8,
+                threads=None,
+                repeats=1,
+                kv_type="f16",
+                gpu=False,
+                device="raspberry-pi-5",
+                json_file=tmp_path / "out.json",
+                command="qad bench",
+            )
+    finally:
+        over.set()
+        watcher.join()
+        signal.signal(signal.SIGINT, before)
+    assert code == 130
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [(row["file"], row["runtime"], row["k"]) for row in rows] == [(url, "remote", 1), (url, "remote", 3)]
+    assert [(row["file"], row["runtime"], row["k"]) for row in rows] == [
+        *((url, "remote", k) for k in (1, 3, 5)),
+        *((str(tmp_path / "later.gguf"), "", k) for k in (1, 3, 5)),
+    ]
     unknown = ("threads", "peak_bytes", "kv_bytes", "bound_tokens_per_s", "bounds", "share_of_bound", "expected_bytes")
-    for row in rows:
+    for row in rows[:2]:
         assert set(row) == {*KEYS, *EXTRAS}
         assert {name: row[name] for name in (*unknown, "reason")} == dict.fromkeys((*unknown, "reason"))
         # Eight tokens of each, a hundredth of a second or more before each token of one answer.
         assert row["all_done_s"] > row["k"] * 8 * 0.01
         assert 0 < row["aggregate_tokens_per_s"] < 100
         assert row["prefill_tokens_per_s"] == pytest.approx(20 / row["first_token_s"], rel=0.5)
-    out = capsys.readouterr().out
-    assert "servers are seen from outside: their memory, threads and bound are not known" in out
-    assert url.removeprefix("http://").removesuffix("/v1") in out
+    for row in rows[2:]:
+        assert set(row) == {*KEYS, *EXTRAS}
+        assert (row["reason"], row["aggregate_tokens_per_s"]) == ("interrupted", None)
+    shown = capsys.readouterr()
+    assert "what was measured until then is kept" in shown.err
+    assert "servers are seen from outside: their memory, threads and bound are not known" in shown.out
+    short = url.removeprefix("http://").removesuffix("/v1")
+    assert f"K = 5: {short} remote: interrupted" in shown.out
+    assert "K = 1, 3, 5: later.gguf: interrupted" in shown.out
+
+    report_command([tmp_path / "out.json"], tmp_path / "page.html", title=None, command="")
+    page = (tmp_path / "page.html").read_text()
+    assert "Not measured: later.gguf, K = 1, 3, 5: interrupted" in page
+    assert "remote, K = 5: interrupted" in page
+    # Servers have no roofline, and the page does not speak as if there was one.
+    assert "2 rows of servers, which are seen from outside" in page
+    assert "no roofline to hold them against" in page
+    assert "tokens/s" in page
+    for word in ("Dashed", "bound", "between 0 and 100"):
+        assert word not in page[page.index("<body>") :], word
 
 
 def test_servers_that_cannot_be_used() -> None:

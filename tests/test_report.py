@@ -1,11 +1,14 @@
 """``qad report``: figures of the records and no others, machines apart, damage named, a page that a browser shows."""
 
 import json
+import math
+import platform
 import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +142,7 @@ def test_quality_proof_and_training_are_those_of_the_records(made: Made, tmp_pat
     judged = json.loads(made.quality.read_text())["rows"]
     lines = [line for line in shown.rows("Judged by llama.cpp") if len(line) > 1][1:]
     assert [line[0] for line in lines] == [row["file"] for row in judged]
-    assert [line[4] for line in lines] == [f"{row['perplexity']:.3f}" for row in judged]
+    assert [line[4] for line in lines] == [f"{row['perplexity']:,.3f}" for row in judged]
     # Ours of the rival's size is held against it; the 8-bit one has none near.
     ratios = {line[0]: line[-1] for line in lines}
     kl = {row["file"]: row["kl"] for row in judged}
@@ -160,7 +163,41 @@ def test_quality_proof_and_training_are_those_of_the_records(made: Made, tmp_pat
     result = json.loads((made.run / "result.json").read_text())
     assert [line[0] for line in first if "(best)" in line[0]] == [f"{result['best_step']} (best)"]
     ends = [line for line in shown.rows("at the end of each run") if len(line) > 1][1:4]
-    assert [line[3] for line in ends] == [f"{row['perplexity']:.3f}" for row in result["rows"]]
+    assert [line[3] for line in ends] == [f"{row['perplexity']:,.3f}" for row in result["rows"]]
+
+
+def test_a_run_without_a_teacher(made: Made, tmp_path: Path) -> None:
+    result = json.loads((made.alone / "result.json").read_text())
+    assert [row["kl"] for row in result["rows"]] == [None] * 3
+    page = page_of([made.alone], tmp_path)
+    shown = Reader(page)
+    head, group, *ends = shown.rows("at the end of each run")
+    assert head == ["weights", "MB", "perplexity"]
+    assert group == ["alone (of teacher, no teacher)"]
+    assert ends == [[row["what"], f"{row['bytes'] / 1e6:,.1f}", f"{row['perplexity']:,.3f}"] for row in result["rows"]]
+    logged = [json.loads(line) for line in (made.alone / "run.jsonl").read_text().splitlines()]
+    held_out = [line for line in shown.rows("Held-out text") if len(line) > 1][1:]
+    told = [[str(row["step"]), f"{row['eval_perplexity']:,.3f}"] for row in logged if "eval_perplexity" in row]
+    assert [[line[0].split()[0], line[1]] for line in held_out] == told
+    assert [row[0] for row in told] == ["0", "1", "2"]
+    batches = [line[0] for line in shown.rows("Batches") if len(line) > 1][1:]
+    assert batches == [str(row["step"]) for row in logged if "loss" in row]
+    assert "q4_0" in shown.rows("Artifacts")[1][1]
+    assert len(re.findall(r'<svg class="plot"', page)) == 2
+    assert 'href="#quality"' in page
+    assert "KL to the teacher" not in shown.text
+    assert "same first token" not in shown.text
+    # Beside a run with one each is told by its own figures.
+    both = Reader(page_of([made.run, made.alone], tmp_path))
+    assert len(both.tables["Held-out text"][0]) == 4
+    assert both.tables["Held-out text, no teacher"] == shown.tables["Held-out text, no teacher"]
+    assert "KL to the teacher" in both.text
+    # One that has not ended yet, of which the log alone knows that there is no teacher.
+    half = tmp_path / "half"
+    shutil.copytree(made.alone, half, ignore=shutil.ignore_patterns("result.json"))
+    shown = Reader(page_of([half], tmp_path))
+    assert "half has not ended: 2 of 2 steps are done" in shown.text
+    assert "KL to the teacher" not in shown.text
 
 
 def test_an_evaluation_is_told_as_it_was_stored(made: Made, tmp_path: Path) -> None:
@@ -230,7 +267,28 @@ def test_every_record_is_named_with_its_hash(made: Made, tmp_path: Path) -> None
     # Of the bench, then of the evaluation, whose reference comes first.
     assert files == [sha256_of_file(made.bench.parent / f"{name}.gguf") for name in ("four", "eight", "four")]
     assert "a & b <i>" in shown.text
-    assert any("qad bench four.gguf" in cell for line in shown.rows("Commands") for cell in line)
+    commands = {line[0]: line[1] for line in shown.rows("Commands")}
+    assert commands["bench.json"] == "qad bench four.gguf gone.gguf"
+    assert commands["verify.json"] == "qad verify four"
+    assert "--teacher-f32" in commands["quality.json"]
+    versions = {line[0]: line[1] for line in shown.rows("Versions")}
+    assert versions.keys() == {"bench.json", "verify.json", "quality.json", "eval.json", "record"}
+    assert all(f"torch {metadata.version('torch')}" in versions[name] for name in ("bench.json", "verify.json"))
+
+
+def test_records_of_before_they_told_their_machine(made: Made, tmp_path: Path) -> None:
+    def older(values: Any) -> None:
+        for name in ("command", "when", "machine", "versions"):
+            del values[name]
+
+    paths = [changed(made.verify, tmp_path, older, "verify.json"), changed(made.quality, tmp_path, older, "q.json")]
+    shown = Reader(page_of(paths, tmp_path))
+    assert {"proof", "quality"} <= set(shown.ids)
+    assert "Machines" not in shown.tables
+    assert shown.rows("Versions")[1:] == [["verify.json", f"qad {metadata.version('qad')}"]]
+    shown = Reader(page_of([made.verify, made.quality], tmp_path))
+    (machine,) = shown.rows("Machines")[1:]
+    assert machine[0] == platform.node()
 
 
 def test_the_page_stands_alone(made: Made, tmp_path: Path) -> None:
@@ -324,6 +382,45 @@ def test_an_unfinished_run_and_a_line_that_is_being_written(made: Made, tmp_path
         ("bench", lambda v: v["rows"][0].update(aggregate_tokens_per_s="9"), r"rows\[0\].aggregate.* not a number"),
         ("bench", lambda v: v["rows"][0].update(aggregate_tokens_per_s=None), r"rows\[0\].aggregate.* not a number"),
         ("bench", lambda v: v["rows"][0]["spread"].update(aggregate_tokens_per_s=[1]), "not two numbers"),
+        (
+            "bench",
+            lambda v: v["rows"][1].update(aggregate_tokens_per_s=-9.5),
+            r"rows\[1\].aggreg.* -9.5, not a .* above 0",
+        ),
+        (
+            "bench",
+            lambda v: v["rows"][1].update(all_done_s=math.inf),
+            r"all_done_s is inf, not a finite number above 0",
+        ),
+        (
+            "bench",
+            lambda v: v["rows"][1].update(prefill_tokens_per_s=math.nan),
+            r"prefill_\w+ is nan, not a finite number",
+        ),
+        (
+            "bench",
+            lambda v: v["rows"][1].update(first_token_s=1e9),
+            "first_token_s is 1000000000.0, later than all were",
+        ),
+        ("bench", lambda v: v["rows"][1].update(kv_bytes=-1), "kv_bytes is -1, not a finite number from 0 on"),
+        ("bench", lambda v: v["rows"][1].update(k=0), r"rows\[1\].k is 0, not a whole number from 1 on"),
+        (
+            "bench",
+            lambda v: v["rows"][1].update(new_tokens=10**400),
+            r"rows\[1\].new_tokens is 1000.*, more than can be",
+        ),
+        (
+            "bench",
+            lambda v: v["rows"][1].update(peak_bytes=10**400),
+            r"rows\[1\].peak_bytes is a number of more digits",
+        ),
+        (
+            "bench",
+            lambda v: v["rows"][1]["spread"].update(aggregate_tokens_per_s=[1e9, 2e9]),
+            "a median that is not in",
+        ),
+        ("bench", lambda v: v["rows"][1].update(per_trajectory_tokens_per_s=1e9), "times K = 2 is not the rate of all"),
+        ("bench", lambda v: v["machine"].update(memory=-1), "machine.memory is -1, not a finite number above 0"),
         ("bench", lambda v: v.update(machine=[]), "machine is .*not an object"),
         ("bench", lambda v: v.update(rows=[3]), r"rows\[0\] is no object"),
         ("verify", lambda v: v["files"][0].update(ok="yes"), r"files\[0\].ok .* neither true nor false"),
@@ -336,8 +433,17 @@ def test_an_unfinished_run_and_a_line_that_is_being_written(made: Made, tmp_path
         ),
         ("evaluation", lambda v: v["rows"][1].update({"pass": {"two": {"value": 1}}}), "pass.two is not named by"),
         ("evaluation", lambda v: v["comparisons"][0].pop("task"), r"comparisons\[0\].task is missing"),
-        ("quality", lambda v: v.pop("skip"), "JSON of another kind: the report takes run folders"),
-        ("quality", lambda v: [v], "JSON of another kind: the report takes run folders"),
+        (
+            "quality",
+            lambda v: v.pop("skip"),
+            r"another kind \(with command, .*\): the report takes run folders and what",
+        ),
+        (
+            "quality",
+            lambda v: [v],
+            r"JSON of another kind \(a list\): the report takes run folders and what `qad bench",
+        ),
+        ("quality", lambda v: v.update(kind="think", skip=1, rows=1) or v.pop("teacher"), "it calls itself 'think'"),
     ],
 )
 def test_damage_is_named(made: Made, tmp_path: Path, kind: str, change: Callable[[Any], Any], message: str) -> None:

@@ -33,7 +33,7 @@ def page_file(report_records: Made, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("browser")
     long = folder / ("a-run-with-a-very-long-name-that-no-phone-is-wide-enough-for" * 2)
     shutil.copytree(report_records.run, long)
-    paths = [long, *report_records.all[1:]]
+    paths = [long, *report_records.all[1:], report_records.alone]
     report_command(paths, folder / "page.html", title=None, command="qad report " + "x" * 300)
     return folder / "page.html"
 

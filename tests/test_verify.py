@@ -1,8 +1,10 @@
 """qad verify: proves what is exact, and finds one wrong bit, wherever it sits."""
 
 import json
+import platform
 import struct
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,8 @@ def test_several_files_and_their_summary(
     content = json.loads(found.read_text())
     assert content["ok"]
     assert content["run_hash"] == open_artifact(run).run_hash
+    assert content["machine"]["node"] == platform.node()
+    assert content["versions"]["torch"] == metadata.version("torch")
     assert [entry["file"] for entry in content["files"]] == [str(file), str(folder)]
     assert all(entry["verdict"] == "exact, not run" for entry in content["files"])
     assert "summary" in capsys.readouterr().out

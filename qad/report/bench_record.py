@@ -1,11 +1,12 @@
 """What ``qad bench --json`` wrote."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from qad.report.fields import Fields
 from qad.report.numerals import count_of
-from qad.report.source import Machine, Source, last_part, read_machine
+from qad.report.source import Machine, Provenance, Source, last_part, read_provenance
 
 KIND = "speed and memory (qad bench)"
 REMEDY = "make it again with `qad bench --json`"
@@ -55,6 +56,11 @@ class BenchRow:
         return self.shares.get("aggregate_tokens_per_s")
 
     @property
+    def served(self) -> bool:
+        """Whether a server was measured, which is seen from outside."""
+        return self.threads is None
+
+    @property
     def outside(self) -> list[str]:
         """Names of the figures whose share of the bound is not between 0 and 1."""
         return [name for name, share in self.shares.items() if not 0 <= share <= 1]
@@ -86,8 +92,7 @@ class BenchRecord:
 
     Attributes:
         source: The JSON file.
-        command, when, versions: Of the run.
-        machine: That measured.
+        made: By what, when and where.
         board: Whose bound it is.
         kv_type, gpu, repeats: Options.
         files: That were measured.
@@ -96,10 +101,7 @@ class BenchRecord:
     """
 
     source: Source
-    command: str
-    when: str
-    versions: dict[str, str]
-    machine: Machine
+    made: Provenance
     board: str
     kv_type: str
     gpu: bool
@@ -107,6 +109,11 @@ class BenchRecord:
     files: tuple[MeasuredFile, ...]
     rows: tuple[BenchRow, ...]
     doubles: dict[tuple[str, str, int], float | None]
+
+    @property
+    def machine(self) -> Machine:
+        """That measured."""
+        return self.made.machine
 
 
 def recognizes(values: Any) -> bool:
@@ -124,20 +131,17 @@ def read(values: Any, source: Source) -> BenchRecord:
     options = fields.child("options")
     return BenchRecord(
         source,
-        fields.text("command"),
-        fields.text("when"),
-        fields.child("versions").texts(),
-        read_machine(fields.child("machine")),
+        read_provenance(fields),
         fields.child("device").text("title"),
         options.text("kv_type"),
         options.flag("gpu"),
-        options.whole("repeats"),
+        options.count("repeats"),
         tuple(
-            MeasuredFile(one.text("file"), one.text("sha256"), one.number("bytes")) for one in fields.children("files")
+            MeasuredFile(one.text("file"), one.text("sha256"), one.amount("bytes")) for one in fields.children("files")
         ),
         tuple(_row(one) for one in fields.children("rows")),
         {
-            (one.text("file"), one.text("runtime"), one.whole("prompt_tokens")): one.maybe_number("step_doubles_at_k")
+            (one.text("file"), one.text("runtime"), one.count("prompt_tokens")): one.maybe_positive("step_doubles_at_k")
             for one in fields.children("batching")
         },
     )
@@ -146,26 +150,45 @@ def read(values: Any, source: Source) -> BenchRecord:
 def _row(fields: Fields) -> BenchRow:
     measured = not fields.has("reason")
     low, high = fields.child("spread").range("aggregate_tokens_per_s") if measured else (None, None)
-    read_figure = fields.number if measured else fields.maybe_number
+    read_figure = fields.positive if measured else fields.maybe_positive
+    if measured:
+        _check_together(fields)
     return BenchRow(
         file=fields.text("file"),
         runtime=fields.text("runtime"),
-        k=fields.whole("k"),
-        prompt_tokens=fields.whole("prompt_tokens"),
-        new_tokens=fields.whole("new_tokens"),
-        threads=fields.whole("threads") if fields.has("threads") else None,
+        k=fields.count("k"),
+        prompt_tokens=fields.count("prompt_tokens"),
+        new_tokens=fields.count("new_tokens"),
+        threads=fields.count("threads") if fields.has("threads") else None,
         reason=fields.maybe_text("reason"),
-        prefill=fields.maybe_number("prefill_tokens_per_s"),
+        prefill=fields.maybe_positive("prefill_tokens_per_s"),
         first=read_figure("first_token_s"),
         rate=read_figure("aggregate_tokens_per_s"),
         each=read_figure("per_trajectory_tokens_per_s"),
         all_done=read_figure("all_done_s"),
-        bound=fields.maybe_number("bound_tokens_per_s"),
+        bound=fields.maybe_positive("bound_tokens_per_s"),
         shares=fields.child("share_of_bound").numbers() if fields.has("share_of_bound") else {},
         low=low,
         high=high,
-        peak=fields.maybe_number("peak_bytes"),
-        kv=fields.maybe_number("kv_bytes"),
-        expected=fields.maybe_number("expected_bytes"),
-        joules=fields.maybe_number("joules_per_token"),
+        peak=fields.maybe_positive("peak_bytes"),
+        kv=fields.maybe_amount("kv_bytes"),
+        expected=fields.maybe_positive("expected_bytes"),
+        joules=fields.maybe_amount("joules_per_token"),
     )
+
+
+def _check_together(fields: Fields) -> None:
+    """Check figures of a measured row against each other.
+
+    Raises:
+        UserError: Together they are impossible.
+    """
+    k, rate, done = fields.count("k"), fields.positive("aggregate_tokens_per_s"), fields.positive("all_done_s")
+    low, high = fields.child("spread").range("aggregate_tokens_per_s")
+    fields.require(low <= rate <= high, "aggregate_tokens_per_s", f"a median that is not in {low:g} to {high:g}")
+    fields.require(
+        math.isclose(fields.positive("per_trajectory_tokens_per_s") * k, rate, rel_tol=1e-6),
+        "per_trajectory_tokens_per_s",
+        f"which times K = {k} is not the rate of all, {rate:g}",
+    )
+    fields.require(fields.positive("first_token_s") <= done, "first_token_s", f"later than all were done, {done:g}")

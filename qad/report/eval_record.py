@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qad.report.fields import Fields
-from qad.report.source import Machine, Source, last_part, read_machine
+from qad.report.source import Machine, Provenance, Source, last_part, read_provenance
 
 KIND = "evaluation (qad eval)"
 REMEDY = "make it again with `qad eval --json`"
@@ -149,17 +149,19 @@ class TextRow:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """A run of ``qad eval``: what was typed, when, on which machine; rows, paired differences, shifts, texts."""
+    """A run of ``qad eval``: by what it was made, when and where; rows, paired differences, shifts, texts."""
 
     source: Source
-    command: str
-    when: str
-    machine: Machine
-    versions: dict[str, str]
+    made: Provenance
     rows: tuple[EvalRow, ...]
     differences: tuple[Difference, ...]
     shifts: tuple[Shift, ...]
     texts: tuple[TextRow, ...]
+
+    @property
+    def machine(self) -> Machine:
+        """That measured."""
+        return self.made.machine
 
 
 def short_task(name: str) -> str:
@@ -181,10 +183,7 @@ def read(values: Any, source: Source) -> EvalRecord:
     fields = Fields(values, source.path, "", REMEDY)
     return EvalRecord(
         source,
-        fields.text("command"),
-        fields.text("when"),
-        read_machine(fields.child("machine")),
-        fields.child("versions").texts(),
+        read_provenance(fields),
         tuple(_row(one) for one in fields.children("rows")),
         tuple(
             _difference(pair, one)

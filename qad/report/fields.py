@@ -1,8 +1,12 @@
 """Read values out of a JSON object, each checked: what is missing or of another kind is told with file and place."""
 
+import math
 from typing import Any
 
 from qad.errors import UserError
+
+# Whole numbers up to there are exact as floating-point numbers too.
+_LARGEST = 2**53
 
 
 class Fields:
@@ -49,15 +53,52 @@ class Fields:
 
     def number(self, name: str) -> float:
         """Return a number, which may be infinite or none (NaN)."""
-        return float(self._get(name, (int, float), "not a number"))
+        value = self._get(name, (int, float), "not a number")
+        try:
+            return float(value)
+        except OverflowError:
+            raise self._damaged(self._at(name), "a number of more digits than a figure has") from None
 
     def maybe_number(self, name: str) -> float | None:
         """Return a number, None where there is none."""
         return self.number(name) if self.has(name) else None
 
+    def amount(self, name: str) -> float:
+        """Return a finite number from 0 on."""
+        value = self.number(name)
+        self.require(0 <= value < math.inf, name, "not a finite number from 0 on")
+        return value
+
+    def maybe_amount(self, name: str) -> float | None:
+        """Return a finite number from 0 on, None where there is none."""
+        return self.amount(name) if self.has(name) else None
+
+    def positive(self, name: str) -> float:
+        """Return a finite number above 0, as rates and times are."""
+        value = self.number(name)
+        self.require(0 < value < math.inf, name, "not a finite number above 0")
+        return value
+
+    def maybe_positive(self, name: str) -> float | None:
+        """Return a finite number above 0, None where there is none."""
+        return self.positive(name) if self.has(name) else None
+
+    def require(self, good: bool, name: str, fault: str) -> None:
+        """Say what is wrong with a value that is there, unless it is good."""
+        if not good:
+            raise self._damaged(self._at(name), f"{self._values[name]!r:.40}, {fault}")
+
     def whole(self, name: str) -> int:
-        """Return an integer."""
-        return int(self._get(name, (int,), "not a whole number"))
+        """Return an integer, which can be drawn as any other number."""
+        value = int(self._get(name, (int,), "not a whole number"))
+        self.require(abs(value) <= _LARGEST, name, "more than can be counted")
+        return value
+
+    def count(self, name: str) -> int:
+        """Return an integer from 1 on."""
+        value = self.whole(name)
+        self.require(value >= 1, name, "not a whole number from 1 on")
+        return value
 
     def text(self, name: str) -> str:
         """Return a text."""

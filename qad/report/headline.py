@@ -72,8 +72,9 @@ def _judged(records: Sequence[QualityRecord]) -> list[Tile]:
 
 
 def _ended(runs: Sequence[RunRecord]) -> list[Tile]:
-    """Return size and closeness of the smallest run that has ended."""
+    """Return size and closeness of the smallest run that has ended, of those with a teacher if there are any."""
     ended = sorted((run for run in runs if run.stages), key=lambda run: run.stages[-1].bytes)
+    ended = [run for run in ended if run.taught] or ended
     if not ended:
         return []
     names = run_names(ended)
@@ -82,18 +83,23 @@ def _ended(runs: Sequence[RunRecord]) -> list[Tile]:
     name = names[first.source.path]
     rounded = [("plain rounding", first.stages[1])] if len(first.stages) > 2 else []
     beside = [(names[run.source.path], run.stages[-1]) for run in others]
+    whole = "teacher" if first.taught else "before"
+    size = Tile(
+        "Size",
+        f"{last.bytes / 1e6:,.1f}",
+        "MB",
+        name,
+        quality.ANCHOR,
+        [
+            (f"{whole} at 16 bits", f"{teacher.bytes / 1e6:,.1f} MB"),
+            *((other, f"{stage.bytes / 1e6:,.1f} MB") for other, stage in beside),
+        ],
+    )
+    if not first.taught:
+        told = [(what, f"{stage.perplexity:,.3f}") for what, stage in (("before", teacher), *rounded, *beside)]
+        return [size, Tile("Perplexity", f"{last.perplexity:,.3f}", "", f"{name}, held-out text", quality.ANCHOR, told)]
     return [
-        Tile(
-            "Size",
-            f"{last.bytes / 1e6:,.1f}",
-            "MB",
-            name,
-            quality.ANCHOR,
-            [
-                ("teacher at 16 bits", f"{teacher.bytes / 1e6:,.1f} MB"),
-                *((other, f"{stage.bytes / 1e6:,.1f} MB") for other, stage in beside),
-            ],
-        ),
+        size,
         Tile(
             "KL to the teacher",
             short(last.kl),
@@ -104,7 +110,7 @@ def _ended(runs: Sequence[RunRecord]) -> list[Tile]:
         ),
         Tile(
             "Same next token",
-            f"{last.same_top:.1%}".rstrip("%"),
+            percent(last.same_top).removesuffix(" %"),
             "%",
             f"as the teacher: {name}",
             quality.ANCHOR,

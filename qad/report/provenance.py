@@ -8,17 +8,24 @@ from qad.report.eval_record import EvalRecord
 from qad.report.numerals import NONE, count_of, gibibytes, megabytes
 from qad.report.reading import Record, of_kind
 from qad.report.run_record import RunRecord, run_names
-from qad.report.source import Machine
+from qad.report.source import Machine, Provenance, Source
 from qad.report.verify_record import VerifyRecord
 
 ANCHOR = "provenance"
 
 
+def _made(records: Sequence[Record]) -> list[tuple[Source, Provenance]]:
+    """Return the records that say by what they were made."""
+    return [
+        (record.source, record.made)
+        for record in records
+        if not isinstance(record, RunRecord) and record.made is not None
+    ]
+
+
 def machines(records: Sequence[Record]) -> list[Machine]:
     """Return the machines that measured, each once."""
-    return list(
-        dict.fromkeys(record.machine for record in of_kind(records, BenchRecord) + of_kind(records, EvalRecord))
-    )
+    return list(dict.fromkeys(made.machine for _, made in _made(records)))
 
 
 def section(records: Sequence[Record]) -> Section:
@@ -61,16 +68,7 @@ def section(records: Sequence[Record]) -> Section:
                 words=6,
             )
         )
-    commands = [
-        [
-            record.source.name,
-            record.command,
-            record.when,
-            record.machine.node,
-        ]
-        for record in records
-        if isinstance(record, BenchRecord | EvalRecord)
-    ]
+    commands = [[source.name, by.command, by.when, by.machine.node] for source, by in _made(records)]
     if commands:
         made.tables.append(Table("Commands", ("record", "command", "when", "machine"), [Group("", commands)], words=4))
     _files(made, records)
@@ -93,15 +91,16 @@ def _files(made: Section, records: Sequence[Record]) -> None:
         made.tables.append(Table("Measured files", ("file", "SHA-256", "MB"), groups, words=2))
 
 
-def _versions(made: Section, records: Sequence[Record]) -> None:
-    rows: list[list[str]] = []
-    for record in records:
-        if isinstance(record, BenchRecord | EvalRecord):
-            rows.append([record.source.name, ", ".join(f"{name} {value}" for name, value in record.versions.items())])
-        elif isinstance(record, VerifyRecord):
-            rows.append([record.source.name, f"qad {record.version}"])
+def _versions(section: Section, records: Sequence[Record]) -> None:
+    told = {
+        source.path: ", ".join(f"{name} {value}" for name, value in made.versions.items())
+        for source, made in _made(records)
+    }
+    # Older proofs tell that of qad alone.
+    told = {record.source.path: f"qad {record.version}" for record in of_kind(records, VerifyRecord)} | told
+    rows = [[record.source.name, told[record.source.path]] for record in records if record.source.path in told]
     if rows:
-        made.tables.append(Table("Versions", ("record", "versions"), [Group("", rows)], words=2))
+        section.tables.append(Table("Versions", ("record", "versions"), [Group("", rows)], words=2))
 
 
 def _runs(made: Section, runs: Sequence[RunRecord]) -> None:

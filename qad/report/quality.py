@@ -1,6 +1,6 @@
 """The section on quality at size: how close files and rivals stay to their teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qad.report.blocks import Cell, Figure, Group, Remark, Section, Table
 from qad.report.frame import Axis
@@ -16,6 +16,7 @@ ANCHOR = "quality"
 _MB = Axis("size, MB", pad=0.14)
 _KL = Axis("KL to the teacher, nats per token, log scale", log=True)
 _TOP = Axis("same first token as the teacher, %", high=100)
+_PERPLEXITY = Axis("perplexity on held-out text, log scale", log=True)
 _RULER = Look(line="dashed", mark="none", neutral=True)
 
 
@@ -24,17 +25,22 @@ def section(records: Sequence[Record]) -> Section | None:
     judged, runs = of_kind(records, QualityRecord), [run for run in of_kind(records, RunRecord) if run.stages]
     if not judged and not runs:
         return None
-    made = Section(
-        ANCHOR,
-        "Quality at size",
-        "How far each file is from its teacher on text that training never saw: KL divergence over the whole "
-        "vocabulary (lower is closer; 0 is the teacher itself), and how often both rank the same next token first.",
-    )
+    leads = []
+    if judged or any(run.taught for run in runs):
+        leads.append(
+            "How far each file is from its teacher on text that training never saw: KL divergence over the whole "
+            "vocabulary (lower is closer; 0 is the teacher itself), and how often both rank the same next token first."
+        )
+    if any(not run.taught for run in runs):
+        leads.append(
+            "Of runs without a teacher: perplexity on text that training never saw, of the model as it was, of its "
+            "rounding, and trained."
+        )
+    made = Section(ANCHOR, "Quality at size", " ".join(leads))
     for index, record in enumerate(judged):
         _judged(made, record, f"quality{index}")
     for index, same in enumerate(_comparable(runs)):
         _runs(made, same, f"held-out{index}")
-    return made
     return made
 
 
@@ -100,7 +106,7 @@ def _judged_row(row: QualityRow, record: QualityRecord) -> list[str | Cell]:
         f"{row.megabytes:,.1f}",
         short(row.kl),
         short(row.kl_error),
-        f"{row.perplexity:.3f}",
+        f"{row.perplexity:,.3f}",
         percent(row.same_top),
         ratio,
     ]
@@ -108,10 +114,10 @@ def _judged_row(row: QualityRow, record: QualityRecord) -> list[str | Cell]:
 
 def _comparable(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Return runs by what they were judged on: one teacher, to which the text was equally hard, is one text."""
-    found: dict[tuple[str, float, int], list[RunRecord]] = {}
+    found: dict[tuple[bool, str, float, int], list[RunRecord]] = {}
     for run in runs:
-        teacher = run.stages[0]
-        found.setdefault((run.teacher, teacher.nll, teacher.tokens), []).append(run)
+        first = run.stages[0]
+        found.setdefault((run.taught, run.teacher, first.nll, first.tokens), []).append(run)
     return list(found.values())
 
 
@@ -120,54 +126,64 @@ def stage_name(stage: Stage, index: int) -> str:
     return stage.what if index == 0 else "plain rounding" if index == 1 else "trained"
 
 
+def _distance(stage: Stage) -> float:
+    """Return what is compared: the KL, or the next-token loss where there was no teacher."""
+    return stage.nll if stage.kl is None else stage.kl
+
+
 def _runs(made: Section, runs: Sequence[RunRecord], name: str) -> None:
     names = run_names(runs)
+    taught = runs[0].taught
     conditions = f"held-out text of the runs, {count_of(runs[0].stages[0].tokens, 'token')}, judged by torch"
-    for title, axis, value, tell in (
-        ("What training gains over rounding: KL", _KL, lambda stage: stage.kl, short),
-        (
-            "What training gains over rounding: same first token",
-            _TOP,
-            lambda stage: 100 * stage.same_top,
-            lambda value: f"{value:.1f} %",
-        ),
-    ):
+    plots: list[tuple[str, str, Axis, Callable[[Stage], float | None], Callable[[float], str]]]
+    if taught:
+        plots = [
+            ("kl", "What training gains over rounding: KL", _KL, lambda stage: stage.kl, short),
+            (
+                "top",
+                "What training gains over rounding: same first token",
+                _TOP,
+                lambda stage: None if stage.same_top is None else 100 * stage.same_top,
+                lambda value: f"{value:.1f} %",
+            ),
+        ]
+    else:
+        title = "What training gains over rounding: perplexity"
+        plots = [("perplexity", title, _PERPLEXITY, lambda stage: stage.perplexity, lambda value: f"{value:,.3f}")]
+    for anchor, title, axis, value, tell in plots:
         lines: list[Line] = []
         for index, run in enumerate(runs):
-            points = [Point(stage.bytes / 1e6, value(stage)) for stage in run.stages[1:]]
+            points = [Point(stage.bytes / 1e6, y) for stage in run.stages[1:] if (y := value(stage)) is not None]
             lines.append(Line(names[run.source.path], points, Look(index, line="dashed", mark="none")))
             for at, point in enumerate(points, start=1):
                 look = Look(index, line="none", mark="filled" if at == 2 else "hollow")
                 lines.append(Line(f"{names[run.source.path]}, {stage_name(run.stages[at], at)}", [point], look))
         legend = tuple(key(line.name, line.look) for line in lines if line.look.mark != "none")
-        anchor = f"{name}-{'kl' if axis is _KL else 'top'}"
-        drawing = line_chart(anchor, title, _MB, axis, lines, tell_x=lambda mb: f"{mb:,.1f} MB", tell_y=tell)
+        drawing = line_chart(
+            f"{name}-{anchor}", title, _MB, axis, lines, tell_x=lambda mb: f"{mb:,.1f} MB", tell_y=tell
+        )
         if drawing is not None:
             made.figures.append(Figure(title, conditions, drawing, legend))
-    made.tables.append(
-        Table(
-            f"Figures at the end of each run, {conditions}",
-            ("weights", "MB", "KL, nats", "perplexity", "same first token"),
-            [
-                Group(
-                    f"{names[run.source.path]} (teacher {last_part(run.teacher)})",
-                    [
-                        [
-                            stage.what,
-                            f"{stage.bytes / 1e6:,.1f}",
-                            short(stage.kl),
-                            f"{stage.perplexity:.3f}",
-                            percent(stage.same_top),
-                        ]
-                        for stage in run.stages
-                    ],
-                )
-                for run in runs
-            ],
-        )
+    heads = (
+        "weights",
+        "MB",
+        *(("KL, nats",) if taught else ()),
+        "perplexity",
+        *(("same first token",) if taught else ()),
     )
+    groups = []
     for run in runs:
-        if len(run.stages) > 2 and run.stages[2].kl > run.stages[1].kl:
+        rows = []
+        for stage in run.stages:
+            figures = [f"{stage.perplexity:,.3f}"]
+            if taught:
+                figures = [short(stage.kl), *figures, percent(stage.same_top)]
+            rows.append([stage.what, f"{stage.bytes / 1e6:,.1f}", *figures])
+        whose = f"teacher {last_part(run.teacher)}" if taught else f"of {last_part(run.teacher)}, no teacher"
+        groups.append(Group(f"{names[run.source.path]} ({whose})", rows))
+    made.tables.append(Table(f"Figures at the end of each run, {conditions}", heads, groups))
+    for run in runs:
+        if len(run.stages) > 2 and _distance(run.stages[2]) > _distance(run.stages[1]):
             made.remarks.append(Remark(f"{names[run.source.path]}: training made it worse than plain rounding.", "bad"))
         elif run.best_step == 0 and run.planned > 0:
             made.remarks.append(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qad.report.fields import Fields
-from qad.report.source import Source
+from qad.report.source import Provenance, Source, maybe_provenance
 
 KIND = "quality at size (bench/quality.py)"
 REMEDY = "make it again with bench/quality.py --json"
@@ -42,9 +42,18 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class QualityRecord:
-    """A run of bench/quality.py: the teacher's file, context-only tokens of a chunk, rows."""
+    """A run of bench/quality.py.
+
+    Attributes:
+        source: The JSON file.
+        made: By what, when and where; None in older files.
+        teacher: Its file.
+        skip: Context-only tokens of a chunk.
+        rows: One per file and text.
+    """
 
     source: Source
+    made: Provenance | None
     teacher: str
     skip: int
     rows: tuple[QualityRow, ...]
@@ -84,4 +93,4 @@ def read(values: Any, source: Source) -> QualityRecord:
         )
         for one in fields.children("rows")
     ]
-    return QualityRecord(source, fields.text("teacher"), fields.whole("skip"), tuple(rows))
+    return QualityRecord(source, maybe_provenance(fields), fields.text("teacher"), fields.whole("skip"), tuple(rows))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qad.errors import UserError
 from qad.files import sha256_of_file
@@ -26,6 +26,8 @@ ACCEPTED = (
 )
 # A page is for people: no record of ours comes near.
 _LARGEST = 64 << 20
+# Of an unknown file, that are told.
+_NAMES = 5
 
 
 def read(path: Path) -> Record:
@@ -49,7 +51,17 @@ def read(path: Path) -> Record:
     for reader in READERS:
         if reader.recognizes(values):
             return reader.read(values, Source(str(path), reader.KIND, sha256_of_file(path)))
-    raise UserError(f"{path} is JSON of another kind: {ACCEPTED}")
+    raise UserError(f"{path} is JSON of another kind ({_kind(values)}): {ACCEPTED}")
+
+
+def _kind(values: Any) -> str:
+    """Return what is seen of a JSON file that is no record: what it calls itself, or its names."""
+    if not isinstance(values, dict):
+        return {list: "a list", str: "a text"}.get(type(values), "a single value")
+    if isinstance(values.get("kind"), str):
+        return f"it calls itself {values['kind']!r:.40}"
+    names = ", ".join(map(str, list(values)[:_NAMES]))
+    return f"with {names:.100}{' and others' if len(values) > _NAMES else ''}" if names else "with nothing in it"
 
 
 def read_all(paths: Sequence[Path]) -> list[Record]:

@@ -24,20 +24,26 @@ class Step:
     step: int
     kl: float | None
     loss: float | None
+    perplexity: float | None
     eval_kl: float | None
     eval_perplexity: float | None
     eval_same_top: float | None
 
+    @property
+    def held_out(self) -> bool:
+        """Whether it is an evaluation on held-out text."""
+        return self.eval_kl is not None or self.eval_perplexity is not None
+
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the result: teacher, rounded, trained."""
+    """A row of the result: teacher (or the model as it was), rounded, trained; without a teacher no KL to it."""
 
     what: str
-    kl: float
+    kl: float | None
     perplexity: float
     nll: float
-    same_top: float
+    same_top: float | None
     tokens: int
     bytes: float
 
@@ -53,7 +59,8 @@ class RunRecord:
         planned: Optimizer steps of the recipe.
         recipe: All of it, as texts.
         steps: Lines of the log.
-        stages: Teacher, rounded, and trained if there was training; empty for a run that has not ended.
+        stages: Teacher or the model as it was, rounded, and trained if there was training; empty for a run that has not
+            ended.
         best_step: Whose weights the artifact holds.
         grids: Grid -> tensors of the artifact; empty without one.
         run_hash: Of the artifact.
@@ -73,7 +80,13 @@ class RunRecord:
     @property
     def held_out(self) -> list[Step]:
         """The evaluations; of several at one step the last."""
-        return list({step.step: step for step in self.steps if step.eval_kl is not None}.values())
+        return list({step.step: step for step in self.steps if step.held_out}.values())
+
+    @property
+    def taught(self) -> bool:
+        """Whether there was a teacher, to whom it has a KL."""
+        kls = [stage.kl for stage in self.stages] or [step.eval_kl for step in self.held_out]
+        return not kls or any(kl is not None for kl in kls)
 
     @property
     def trained(self) -> list[Step]:
@@ -104,7 +117,7 @@ def _log(file: Path) -> list[Step]:
                 break  # a kill cut it short, or it is being written
             raise UserError(f"{file} is damaged: line {number} is no JSON ({error}); {REMEDY}") from error
         fields = Fields(values, str(file), f"line {number}", REMEDY)
-        names = ("kl", "loss", "eval_kl", "eval_perplexity", "eval_same_top1")
+        names = ("kl", "loss", "perplexity", "eval_kl", "eval_perplexity", "eval_same_top1")
         steps.append(Step(fields.whole("step"), *(fields.maybe_number(name) for name in names)))
     return steps
 
@@ -113,23 +126,20 @@ def _result(file: Path) -> tuple[list[Stage], int | None]:
     if not file.is_file():
         return [], None
     fields = Fields(_load(file), str(file), "", REMEDY)
-    if any(one.maybe_number("kl") is None for one in fields.children("rows")):
-        raise UserError(
-            f"{file.parent} was trained without a teacher, and what the report shows of training is the KL to one: "
-            "leave the run out"
-        )
     stages = [
         Stage(
             one.text("what"),
-            one.number("kl"),
+            one.maybe_number("kl"),
             one.number("perplexity"),
             one.number("nll"),
-            one.number("same_top1"),
+            one.maybe_number("same_top1"),
             one.whole("tokens"),
             one.number("bytes"),
         )
         for one in fields.children("rows")
     ]
+    if len({stage.kl is None for stage in stages}) > 1:
+        raise UserError(f"{file} is damaged: some of its rows have a KL to a teacher and others none; {REMEDY}")
     return stages, fields.whole("best_step")
 
 

@@ -52,16 +52,41 @@ class Machine:
         return f"{self.processor}, {cores}, {gibibytes(self.memory)} ({self.node})"
 
 
-def read_machine(fields: Fields) -> Machine:
+def _machine(fields: Fields) -> Machine:
     """Return the machine that ``qad.host.describe`` wrote."""
     return Machine(
         fields.text("node"),
         fields.text("system"),
         fields.text("processor"),
-        fields.whole("cores"),
-        fields.number("memory"),
+        fields.count("cores"),
+        fields.positive("memory"),
         tuple(map(str, fields.items("instruction_sets"))),
     )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a record says of itself: what was typed, when, on which machine, with which versions."""
+
+    command: str
+    when: str
+    machine: Machine
+    versions: dict[str, str]
+
+
+def read_provenance(fields: Fields) -> Provenance:
+    """Return what ``qad.provenance`` wrote."""
+    return Provenance(
+        fields.text("command"),
+        fields.text("when"),
+        _machine(fields.child("machine")),
+        fields.child("versions").texts(),
+    )
+
+
+def maybe_provenance(fields: Fields) -> Provenance | None:
+    """Return what ``qad.provenance`` wrote, None in a file that was made before it did."""
+    return read_provenance(fields) if fields.has("machine") else None
 
 
 def last_part(path: str) -> str:

@@ -29,18 +29,20 @@ def section(records: Sequence[Record]) -> Section | None:
     groups = series.groups(of_kind(records, BenchRecord))
     if not groups:
         return None
-    made = Section(
-        ANCHOR,
-        "Speed",
+    rows = [row for group in groups for one in group.measured for row in one.measured]
+    lead = (
         "Tokens a second of K trajectories that share one prompt, sampling included; each figure is the median of its "
-        "repeats. Dashed: the most that the board's memory bandwidth and arithmetic allow (roofline).",
     )
+    lead += "repeats."
+    if any(row.bound is not None for row in rows):
+        lead += " Dashed: the most that the board's memory bandwidth and arithmetic allow (roofline)."
+    made = Section(ANCHOR, "Speed", lead)
     for index, group in enumerate(groups):
         for number, (apart, panel) in enumerate(group.panels()):
             _against_k(made, group, panel, apart, f"{index}-{number}")
         _against_prompt(made, group, index)
         _table(made, group)
-    _check_shares(made, groups)
+    _check_shares(made, rows)
     _not_measured(made, groups)
     return made
 
@@ -62,8 +64,9 @@ def _against_k(made: Section, group: series.Group, panel: Sequence[Series], apar
     title = "Tokens a second against K"
     drawing = line_chart(f"rate{name}", title, x, _RATE, [*bounds, *rates], tell_x=_tell_k)
     if drawing is not None:
-        note = f"Bars: least and most of the repeats. Bound of {group.board}."
-        made.figures.append(Figure(title, conditions, drawing, (*legend, _BOUND), note))
+        bounded = any(line.points for line in bounds)
+        note = "Bars: least and most of the repeats." + f" Bound of {group.board}." * bounded
+        made.figures.append(Figure(title, conditions, drawing, (*legend, *([_BOUND] * bounded)), note))
     title = "Time until all K answers are there"
     done = [Line(one.name, _points(one, lambda row: row.all_done), looks[one.name]) for one in panel]
     drawing = line_chart(f"done{name}", title, x, _SECONDS, done, tell_x=_tell_k)
@@ -99,39 +102,38 @@ def _points(one: Series, value: Callable[[BenchRow], float | None], spread: bool
 
 def _table(made: Section, group: series.Group) -> None:
     measured = group.measured
-    if not measured:
+    rows = [row for one in measured for row in one.measured]
+    if not rows:
         return
-    energy = any(row.joules is not None for one in measured for row in one.measured)
-    heads = (
-        *("K", "prompt tokens/s", "first token, s", "tokens/s", "each", "bound, tokens/s", "share of bound"),
-        *("all done, s", "least to most tokens/s", *(("J per token",) if energy else ())),
-    )
-    groups = [Group(one.name, [_row(row)[: len(heads)] for row in one.measured]) for one in measured]
-    made.tables.append(Table(f"Speed; {group.title}; {series.prompts_of(group)}", heads, groups))
+    # What nobody can know of any of them has no column.
+    columns: dict[str, Callable[[BenchRow], str | Cell]] = {
+        "K": lambda row: str(row.k),
+        "prompt tokens/s": lambda row: short(row.prefill),
+        "first token, s": lambda row: short(row.first),
+        "tokens/s": lambda row: short(row.rate),
+        "each": lambda row: short(row.each),
+    }
+    if any(row.bound is not None or row.shares for row in rows):
+        columns |= {"bound, tokens/s": lambda row: short(row.bound), "share of bound": _share}
+    columns |= {"all done, s": lambda row: short(row.all_done), "least to most tokens/s": _spread}
+    if any(row.joules is not None for row in rows):
+        columns["J per token"] = lambda row: short(row.joules)
+    groups = [Group(one.name, [[tell(row) for tell in columns.values()] for row in one.measured]) for one in measured]
+    made.tables.append(Table(f"Speed; {group.title}; {series.prompts_of(group)}", tuple(columns), groups))
 
 
-def _row(row: BenchRow) -> list[str | Cell]:
+def _share(row: BenchRow) -> Cell:
     if row.outside:
         which = ", ".join(_FIGURES.get(name, name) for name in row.outside)
-        share = Cell(f"{percent(row.share)}: outside 0 to 100 % ({which})", "bad")
-    else:
-        share = Cell(percent(row.share))
-    return [
-        str(row.k),
-        short(row.prefill),
-        short(row.first),
-        short(row.rate),
-        short(row.each),
-        short(row.bound),
-        share,
-        short(row.all_done),
-        NONE if row.low is None or row.low == row.high else f"{short(row.low)} to {short(row.high)}",
-        short(row.joules),
-    ]
+        return Cell(f"{percent(row.share)}: outside 0 to 100 % ({which})", "bad")
+    return Cell(percent(row.share))
 
 
-def _check_shares(made: Section, groups: Sequence[series.Group]) -> None:
-    measured = [row for group in groups for one in group.measured for row in one.measured]
+def _spread(row: BenchRow) -> str:
+    return NONE if row.low is None or row.low == row.high else f"{short(row.low)} to {short(row.high)}"
+
+
+def _check_shares(made: Section, measured: Sequence[BenchRow]) -> None:
     rows = [row for row in measured if row.shares]
     outside = [row for row in rows if row.outside]
     if outside:
@@ -152,8 +154,16 @@ def _check_shares(made: Section, groups: Sequence[series.Group]) -> None:
                 "good",
             )
         )
-    if len(rows) < len(measured):
-        made.remarks.append(Remark(f"Of {count_of(len(measured) - len(rows), 'row')} no bound is known."))
+    if served := sum(row.served and not row.shares for row in measured):
+        made.remarks.append(
+            Remark(
+                f"{count_of(served, 'row')} of servers, which are seen from outside: their weights, threads and memory "
+                "are not known, so that there is no roofline to hold them against. The machine named is the one that "
+                "asked."
+            )
+        )
+    if unknown := sum(not row.served and not row.shares for row in measured):
+        made.remarks.append(Remark(f"Of {count_of(unknown, 'row')} no bound is known."))
 
 
 def _not_measured(made: Section, groups: Sequence[series.Group]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qad.report.fields import Fields
-from qad.report.source import Source, last_part
+from qad.report.source import Provenance, Source, last_part, maybe_provenance
 
 KIND = "proof (qad verify)"
 REMEDY = "make it again with `qad verify --json`"
@@ -50,10 +50,20 @@ class Proved:
 
 @dataclass(frozen=True)
 class VerifyRecord:
-    """A run of ``qad verify``: the version of qad, the run folder and its hash, the files."""
+    """A run of ``qad verify``.
+
+    Attributes:
+        source: The JSON file.
+        version: Of qad.
+        made: By what, when and where; None in older files.
+        run, run_hash: The run folder.
+        ok: Whether everything holds.
+        files: That were compared.
+    """
 
     source: Source
     version: str
+    made: Provenance | None
     run: str
     run_hash: str
     ok: bool
@@ -75,6 +85,7 @@ def read(values: Any, source: Source) -> VerifyRecord:
     return VerifyRecord(
         source,
         fields.text("qad_version"),
+        maybe_provenance(fields),
         fields.text("run"),
         fields.text("run_hash"),
         fields.flag("ok"),
