@@ -1,6 +1,10 @@
 """The one exception that means "you can fix this": bad input, with the remedy in its text."""
 
 import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from json import JSONDecodeError
 
 
 class UserError(ValueError):
@@ -16,3 +20,8 @@ def unknown_name(kind: str, name: str, known: list[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=2)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return UserError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}{hint}")
+
+
+def json_fault(error: "JSONDecodeError") -> str:
+    """Return what is wrong with a JSON text and in which column; some of the library's own messages end in "at"."""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"

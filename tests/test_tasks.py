@@ -314,6 +314,7 @@ def test_a_file_of_items_of_reasoning_gym_is_judged_by_its_scorer(tmp_path: Path
         ("", "is empty"),
         ("[1]\n", "row 1 is list"),
         ('{"prompt": "a", "solution": "b"}\n{"prompt"\n', "row 2: invalid JSON"),
+        ('{"prompt": "a\tb"}\n', r"row 1: invalid JSON \(Invalid control character at column 14\)"),
         ('{"question": "a"}\n', "`prompt` is missing"),
         ('{"prompt": "a"}\n', "`solution` is missing"),
         ('{"prompt": "a", "solution": [1]}\n', "`solution` is list"),

@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from qad.data.rows import Message, Row, identity, with_id
-from qad.errors import UserError
+from qad.errors import UserError, json_fault
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 FEATURES = Features(
@@ -93,9 +93,7 @@ def _parse(text: str, path: Path, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {line + error.lineno - 1}: invalid JSON ({error.msg} at column {error.colno})"
-        ) from error
+        raise UserError(f"{path}, line {line + error.lineno - 1}: invalid JSON ({json_fault(error)})") from error
     except (RecursionError, ValueError) as error:  # brackets too deep, a number too long
         raise UserError(f"{path}, line {line}: JSON that cannot be taken in ({str(error)[:80]})") from error
 

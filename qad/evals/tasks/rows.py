@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qad.errors import UserError
+from qad.errors import UserError, json_fault
 
 _HUB_SECONDS = 10
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
@@ -45,14 +45,14 @@ def _json_lines(path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, row {number}: invalid JSON ({error.msg} at column {error.colno})") from error
+                raise UserError(f"{path}, row {number}: invalid JSON ({json_fault(error)})") from error
 
 
 def _json_document(path: Path) -> Iterable[Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: invalid JSON ({error.msg} in line {error.lineno})") from error
+        raise UserError(f"{path}: invalid JSON ({json_fault(error)} of line {error.lineno})") from error
     # As the files of BIG-Bench Hard are.
     return document["examples"] if isinstance(document, dict) and "examples" in document else document
 
