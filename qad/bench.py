@@ -429,8 +429,6 @@ def bench_command(
     Raises:
         UserError: An option is impossible, or there is no such board.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"{json_file.absolute().parent} is no folder: make it, or write --json elsewhere")
     if json_file is not None:
         check_output(json_file, "--json")
     options = Options(

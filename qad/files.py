@@ -96,15 +96,16 @@ def check_output(target: Path, option: str) -> None:
         option: What the user named it with.
 
     Raises:
-        UserError: ``target`` is a folder, a device or a pipe, or lies where this process may not write.
+        UserError: ``target`` is a folder, a device or a pipe, or lies in no folder, as a slip of the fingers would have
+            it, or in one where this process may not write.
     """
     if target.is_dir():
         raise UserError(f"{target} is a folder: name a file with {option}")
     if target.exists() and not target.is_file():
         raise UserError(f"{target} is a device or a pipe: name a file with {option}")
     folder = target.absolute().parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: make it, or name another file with {option}")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

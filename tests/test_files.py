@@ -56,14 +56,14 @@ def test_a_new_folder_and_all_in_it_have_the_usual_permissions(tmp_path: Path) -
 
 
 def test_a_place_that_takes_no_file_is_told_before_the_work(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "er" / "out.json"
-    check_output(target, "--json")
+    check_output(tmp_path / "out.json", "--json")
     (tmp_path / "old.json").write_text("old")
     check_output(tmp_path / "old.json", "--json")
     assert names(tmp_path) == ["old.json"]
     os.mkfifo(tmp_path / "pipe")
     places = [(tmp_path, "is a folder"), (tmp_path / "pipe", "is a device or a pipe")]
-    places.append((tmp_path / "old.json" / "out.json", "not a directory"))
+    places.append((tmp_path / "old.json" / "out.json", "old.json is no folder: make it"))
+    places.append((tmp_path / "deep" / "er" / "out.json", "deep/er is no folder: make it"))
     if Path("/proc/self").exists():
         places.append((Path("/proc/out.json"), "/proc: "))
     for place, reason in places:
