@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 # Set before any library that reads them is imported. TRL pings its makers once per trainer; qad does not.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -13,12 +13,27 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
+from typer.core import TyperGroup
 
 from qad import interrupts
 from qad.errors import UserError
 from qad.files import explain
 
+
+class _Verbs(TyperGroup):
+    """The verbs. Typer ends without a word where an interrupt comes that a verb does not take, such as in an import."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Verbs,
     name="qad",
     no_args_is_help=True,
     add_completion=False,
@@ -457,14 +472,18 @@ def think(
         ),
     ] = None,
     confidence: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Stop early when the rest leaves the vote as it is: surely (1), or with this probability.",
             min=0.5,
             max=1.0,
+            show_default="1",
         ),
-    ] = 1.0,
-    full: Annotated[bool, typer.Option("--full", help="Sample every trajectory to its end.")] = False,
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Sample every trajectory to its end; after Ctrl-C, show those that had not ended."),
+    ] = False,
     wave: Annotated[
         int | None,
         typer.Option(
@@ -501,11 +520,13 @@ def think(
     from qad.think.command import think_command
     from qad.think.options import ThinkOptions
 
+    if full and confidence is not None:
+        raise UserError("--full stops nothing early, and --confidence says when to stop early: give one of both")
     options = ThinkOptions(
         k=k,
         method=method,  # type: ignore[arg-type]
         new_tokens=new_tokens,
-        certainty=None if full else confidence,
+        certainty=None if full else 1.0 if confidence is None else confidence,
         wave=wave,
         drop=drop,
         measure=measure,  # type: ignore[arg-type]

@@ -8,7 +8,10 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import re
+import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -234,3 +237,30 @@ def serving(script: Script) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def interrupting() -> Iterator[str]:
+    """Yield the address of a server that answers nobody: who asks it first is interrupted, as by Ctrl-C."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def interrupt() -> None:
+            # A connection that is closed beforehand ends the waiting, too.
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                with connection:
+                    if connection.recv(1):
+                        os.kill(os.getpid(), signal.SIGINT)
+                        done.wait(60)
+
+        done = threading.Event()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        finally:
+            done.set()
+            if thread.is_alive():
+                with contextlib.suppress(OSError):
+                    socket.create_connection(server.getsockname()).close()
+            thread.join()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from qad import export
 from qad.cli import main
@@ -21,15 +22,18 @@ from qad.model import resolve_source
 from qad.runtimes import Sampling, Session, Trajectory, get, llamacpp, open_model, remote
 from qad.runtimes._remote_stream import first_seed
 from qad.think import Event, ThinkOptions, deliberate, think, vote
-from qad.think.command import think_command
+from qad.think.command import think_command, write_json
 from qad.think.confidence import confidence
-from qad.think.deliberate import CUT, Draft, make_prompt, prompt_text, prune, shares
+from qad.think.deliberate import CUT, CUT_OFF, Draft, make_prompt, prompt_text, prune, shares
+from qad.think.engine import lacks_room
 from qad.think.options import PRESETS, preset_for
+from qad.think.show import print_thought
 from tests.helpers_models import make_artifact
-from tests.helpers_server import Script, answer, serving, text_of, tokens_of
+from tests.helpers_server import Script, answer, interrupting, serving, text_of, tokens_of
 
 _REASON = llamacpp.available()
 needs_llama = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+needs_client = pytest.mark.skipif(remote.available() is not None, reason=str(remote.available()))
 WARM = Sampling(temperature=0.8, top_p=0.95, seed=3)
 # With these the random model gives short texts, some of them the same: answers of the kind "text".
 BRIEF = {"new_tokens": 14, "stop": ("a",)}
@@ -405,21 +409,27 @@ def test_pruning_keeps_the_end(quick: llamacpp.LlamaSession) -> None:
 def test_too_small_a_context(quick: llamacpp.LlamaSession) -> None:
     whole = 2048
     assert quick.context == whole
-    frame = len(quick.chat_prompt(prompt_text("Hi?", [""] * 3)))
+    frame = len(quick.chat_prompt(prompt_text("Hi?", [CUT_OFF] * 3)))
     fits = whole - frame - 3 * 24
     with pytest.raises(UserError, match=f"--new-tokens {fits} fits"):
         think(quick, "Hi?", ThinkOptions(k=3, method="deliberate", sampling=WARM, new_tokens=fits + 1))
     # What it says that fits does fit, and texts that are longer are cut to what is left.
-    drafts = [Draft("word " * 400)] * 3
     options = ThinkOptions(k=3, method="deliberate", sampling=WARM, new_tokens=fits)
-    prompt = make_prompt(quick, "Hi?", drafts, new_tokens=fits)
-    assert whole - 60 <= len(prompt) + fits <= whole
+    for draft in (Draft("word " * 400), Draft("word " * 400, ended=False), Draft("½ ¾ " * 99, ended=False)):
+        prompt = make_prompt(quick, "Hi?", [draft] * 3, new_tokens=fits)
+        assert whole - 110 <= len(prompt) + fits <= whole
     with pytest.raises(UserError, match="--k 3 fits"):
         think(quick, "Hi?", dataclasses.replace(options, k=8))
     # auto says that it did not deliberate, and shows the best instead.
     thought = think(quick, "Hi?", ThinkOptions(k=3, sampling=WARM, new_tokens=fits + 1, stop=("a",)))
     assert thought.method == "best"
     assert any("not deliberated: no room" in note for note in thought.notes)
+    # It can be known before.
+    assert f"--new-tokens {fits} fits" in str(
+        lacks_room(quick, "Hi?", dataclasses.replace(options, method="auto", new_tokens=fits + 1))
+    )
+    assert lacks_room(quick, "Hi?", dataclasses.replace(options, method="auto")) is None
+    assert lacks_room(quick, "Hi?", dataclasses.replace(options, method="vote", new_tokens=fits + 1)) is None
     with pytest.raises(UserError, match="budget of 30 tokens"):
         think(quick, "Hi?", dataclasses.replace(options, new_tokens=9, budget=30))
     with pytest.raises(UserError, match="question is empty"):
@@ -470,10 +480,63 @@ def test_an_interrupt_of_a_deliberation_leaves_the_trajectories(quick: llamacpp.
     assert any("while deliberating" in note for note in thought.notes)
 
 
+@needs_llama
+def test_an_interrupt_before_anything_ended_shows_how_far_it_came(
+    quick: llamacpp.LlamaSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def at_once(event: Event) -> None:
+        if event.index == 2 and event.tokens == 5:
+            raise KeyboardInterrupt
+
+    sampling = Sampling(temperature=2.0, seed=2)
+    options = ThinkOptions(k=5, sampling=sampling, new_tokens=200, certainty=None, wave=3)
+    thought = think(quick, "Hi?", options, on_event=at_once)
+    assert (thought.interrupted, thought.answer, thought.text, thought.vote) == (True, None, "", None)
+    assert [len(one.tokens) for one in thought.trajectories] == [5, 5, 5]
+    assert thought.tokens == 15
+    whole = think(quick, "Hi?", dataclasses.replace(options, new_tokens=5))
+    assert [one.tokens for one in thought.trajectories] == [one.tokens for one in whole.trajectories[:3]]
+    for unfinished in (True, False):
+        print_thought(thought, Console(stderr=True, width=200), 5, unfinished=unfinished)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "interrupted: 0 of 5 trajectories had ended, 15 tokens were sampled; there is nothing to judge" in err
+        shown = "trajectory 2, not ended, 5 tokens:\n" + thought.trajectories[1].text.strip()
+        assert (shown in err) == unfinished
+    write_json(tmp_path / "o.json", thought, source="m", question="Hi?", options=options, command="qad think")
+    told = json.loads((tmp_path / "o.json").read_text())
+    assert told["interrupted"]
+    assert [row["text"] for row in told["trajectories"]] == [one.text for one in thought.trajectories]
+
+
+@needs_llama
+def test_an_interrupt_while_answers_are_judged_leaves_the_texts(quick: llamacpp.LlamaSession) -> None:
+    def scorer(question: str, text: str) -> float:
+        raise KeyboardInterrupt
+
+    thought = think(quick, "Hi?", ThinkOptions(k=2, method="best", sampling=WARM, new_tokens=4), scorer=scorer)
+    assert thought.interrupted
+    assert [one.reason for one in thought.trajectories] == ["length", "length"]
+    assert all(one.text for one in thought.trajectories)
+    assert (thought.text, thought.answer) == ("", None)
+    assert any("interrupted while the answers were compared" in note for note in thought.notes)
+
+
+@needs_client
+def test_an_interrupt_while_the_model_loads_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with interrupting() as url:
+        try:
+            status = command(url, output=tmp_path / "out.json", threads=None)
+        except KeyboardInterrupt:
+            pytest.fail("the interrupt went through")
+    assert status == 130
+    _, err = capsys.readouterr()
+    assert "interrupted: none of 4 trajectories had begun, so there is no answer" in err
+    assert "out.json was not written" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- servers
-
-
-needs_client = pytest.mark.skipif(remote.available() is not None, reason=str(remote.available()))
 
 
 @needs_client
@@ -525,6 +588,23 @@ def test_what_had_ended_when_a_server_died_is_judged() -> None:
             think(session, "what", options, kind="text")
 
 
+@needs_client
+def test_a_server_that_dies_while_it_deliberates_costs_no_trajectory() -> None:
+    script = Script(pause=0.01)
+    with serving(script) as url, remote.open(url, retries=0) as session:
+
+        def die(event: Event) -> None:
+            script.dead = script.dead or event.phase == "deliberation"
+
+        options = ThinkOptions(k=2, method="deliberate", sampling=WARM, new_tokens=40)
+        thought = think(session, "what", options, kind="text", on_event=die)
+        assert thought.deliberations == []
+        assert thought.method in ("vote", "best")
+        assert thought.text in [one.text.strip() for one in thought.trajectories]
+        assert any(note.startswith("not deliberated: http://") for note in thought.notes), thought.notes
+        assert len(thought.trajectories) == 2
+
+
 # --- presets
 
 
@@ -568,16 +648,18 @@ def test_the_preset_of_a_model_of_seven_billions(tmp_path: Path) -> None:
 # --- the verb
 
 
-def command(path: Path, question: str = SUM, output: Path | None = None, **changes: object) -> int:
+def command(
+    source: Path | str, question: str = SUM, output: Path | None = None, threads: int | None = 1, **changes: object
+) -> int:
     options: dict[str, object] = {"k": 4, "new_tokens": 24, **changes}
     return think_command(
-        str(path),
+        str(source),
         question,
         options=ThinkOptions(**options),  # type: ignore[arg-type]
         sampling={"temperature": 0.7, "seed": 1},
         preset=None,
         kind="math",
-        threads=1,
+        threads=threads,
         gpu=False,
         kv_type="f16",
         json_file=output,
@@ -616,9 +698,12 @@ def test_the_verb(smollm: llamacpp.LlamaSession, tmp_path: Path, capsys: pytest.
     assert told["trajectories"][0]["text"] == session_text
 
 
-def test_bad_input_is_told(run: Path, tmp_path: Path) -> None:
+def test_bad_input_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="gone.gguf is missing"):
         command(tmp_path / "gone.gguf")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="deep is no folder: make it"):
+        command(run, output=tmp_path / "deep" / "out.json")
     with pytest.raises(UserError, match="question is empty"):
         command(run, "  ")
     with pytest.raises(UserError, match="not UTF-8"):
@@ -633,6 +718,10 @@ def test_bad_input_is_told(run: Path, tmp_path: Path) -> None:
         (["--kind", "maths"], "did you mean math"),
         (["--preset", "huge"], "known: large, tiny"),
         (["--drop"], "exact"),
+        (["--full", "--confidence", "0.9"], "--full stops nothing early"),
+        (["--full", "--confidence", "1"], "--full stops nothing early"),
+        (["--method", "vote", "--summary-k", "2"], "the method vote deliberates on nothing"),
+        (["--method", "best", "--iterations", "2"], "the method best deliberates on nothing"),
         (["--temperature", "0"], "all the same"),
     ],
 )
@@ -677,5 +766,8 @@ def test_ctrl_c(run: Path) -> None:
     assert process.returncode == 130, told + rest
     assert "interrupted:" in rest
     assert "of 8 trajectories had ended" in rest
+    assert "what follows is a partial vote, of these alone" in rest
+    assert "votes (partial)" in rest
+    assert "nothing is kept: --json FILE does that" in rest
     assert out.strip()
     assert "Traceback" not in rest

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
+from rich.text import Text
 
 from qad import interrupts, runtimes
 from qad.errors import UserError, unknown_name
@@ -15,7 +16,7 @@ from qad.files import check_output, replacing_file
 from qad.final_answer import Kind
 from qad.runtimes import Sampling, Trajectory
 from qad.think.confidence import lowest_window, mean_logprob
-from qad.think.engine import Printer, Thought, think
+from qad.think.engine import Printer, Thought, lacks_room, think
 from qad.think.options import PRESETS, ThinkOptions, preset_for
 from qad.think.show import lines, print_thought
 
@@ -50,7 +51,7 @@ def think_command(
         command: As it was given, for the file.
 
     Returns:
-        Exit status: 0, or 130 after an interrupt.
+        Exit status: 0; 1 if deliberations were asked for and there are none; 130 after an interrupt.
 
     Raises:
         UserError: Bad input, or a model that cannot be run.
@@ -66,19 +67,40 @@ def think_command(
     if json_file is not None:
         check_output(json_file, "--json")
     console = Console(stderr=True)
-    resolved = dataclasses.replace(options, sampling=_sampling(source, preset, sampling, options.k, console))
-    printer = _printer(console) if kind == "code" else None
-    device = "gpu" if gpu else "cpu"
-    with (
-        runtimes.open_model(source, device=device, threads=threads, kv_type=kv_type) as session,
-        interrupts.remembered(),
-        lines(console) as shown,
-    ):
-        thought = think(session, question, resolved, kind=kind, printer=printer, on_event=shown)  # type: ignore[arg-type]
-    print_thought(thought, console, resolved.k)
+    thought: Thought | None = None
+    resolved = options
+    try:
+        with interrupts.remembered():
+            name, reason = (preset, None) if preset is not None else preset_for(source)
+            resolved = dataclasses.replace(options, sampling=_sampling(name, sampling))
+            device = "gpu" if gpu else "cpu"
+            with runtimes.open_model(source, device=device, threads=threads, kv_type=kv_type) as session:
+                # Libraries that load a model may swallow an interrupt.
+                interrupts.check()
+                if reason is not None:
+                    console.print(f"[dim]preset {name} ({reason})[/]")
+                if options.method == "auto" and (lacking := lacks_room(session, question, resolved)):
+                    told = f"if the answers cannot be compared, the best of them is shown: {lacking}"
+                    console.print(Text(f"note: {told}", style="yellow"), soft_wrap=True)
+                printer = _printer(console) if kind == "code" else None
+                with lines(console) as shown:
+                    thought = think(session, question, resolved, kind=kind, printer=printer, on_event=shown)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        if thought is None:
+            told = f"none of {options.k} trajectories had begun, so there is no answer"
+            told += f", and {json_file} was not written" if json_file else " and nothing to keep"
+            console.print(Text("interrupted: ", style="bold yellow") + Text(told, style="default"), soft_wrap=True)
+            return 130
+        thought.interrupted = True
     if json_file is not None:
         write_json(json_file, thought, source=source, question=question, options=resolved, command=command)
-    return 130 if thought.interrupted else 0
+    print_thought(thought, console, resolved.k, unfinished=resolved.certainty is None)
+    if thought.interrupted:
+        kept = f"all that was sampled is kept in {json_file}" if json_file else "nothing is kept: --json FILE does that"
+        console.print(Text(kept), soft_wrap=True)
+        return 130
+    # What was asked for by name was not done; the notes say why.
+    return 1 if options.method == "deliberate" != thought.method else 0
 
 
 def _printer(console: Console) -> Printer | None:
@@ -96,13 +118,8 @@ def _printer(console: Console) -> Printer | None:
     return printed
 
 
-def _sampling(
-    source: str, preset: str | None, changes: dict[str, float | int | None], k: int, console: Console
-) -> Sampling:
+def _sampling(preset: str, changes: dict[str, float | int | None]) -> Sampling:
     """Return the sampling rule of a preset with some fields changed."""
-    if preset is None:
-        preset, reason = preset_for(source)
-        console.print(f"[dim]preset {preset} ({reason})[/]")
     if preset not in PRESETS:
         raise unknown_name("preset", preset, list(PRESETS))
     given = {name: value for name, value in changes.items() if value is not None}

@@ -23,6 +23,8 @@ from qad.final_answer import strip_thinking
 from qad.runtimes import Session
 
 CUT = "[…]"
+# Below what a trajectory wrote that did not end by itself.
+CUT_OFF = "\n(It was cut off here, before it ended.)"
 # Of one trajectory; with fewer tokens than these there is nothing to judge.
 LEAST_SHARE = 24
 # Where the engine does not tell its context.
@@ -105,7 +107,8 @@ def make_prompt(
         if over <= 0:
             return prompt
         allowed -= max(over, 8)
-        if allowed < LEAST_SHARE * len(drafts):
+        # What was promised before they were sampled is kept, though it comes out a few tokens short.
+        if allowed < LEAST_SHARE * len(drafts) // 2:
             raise _no_room(session, question, len(drafts), new_tokens, side_by_side)
 
 
@@ -123,16 +126,16 @@ def room(
     Raises:
         UserError: Too few.
     """
-    if session.context is None:
-        return _USUAL_BUDGET if budget is None else budget
-    left = session.context - _frame(session, question, count) - side_by_side * new_tokens
-    if left < LEAST_SHARE * count:
-        raise _no_room(session, question, count, new_tokens, side_by_side)
     if budget is not None and budget < LEAST_SHARE * count:
         raise UserError(
             f"a budget of {budget} tokens leaves {count} trajectories less than {LEAST_SHARE} each: give "
             f"{LEAST_SHARE * count} or more, or leave it out"
         )
+    if session.context is None:
+        return _USUAL_BUDGET if budget is None else budget
+    left = session.context - _frame(session, question, count) - side_by_side * new_tokens
+    if left < LEAST_SHARE * count:
+        raise _no_room(session, question, count, new_tokens, side_by_side)
     return left if budget is None else min(left, budget)
 
 
@@ -157,8 +160,8 @@ def _no_room(session: Session, question: str, count: int, new_tokens: int, side_
 
 
 def _frame(session: Session, question: str, count: int) -> int:
-    """Return the tokens of a prompt whose thinkers say nothing."""
-    return len(session.chat_prompt(prompt_text(question, [""] * count)))
+    """Return the tokens of a prompt whose thinkers say nothing, and were cut off."""
+    return len(session.chat_prompt(prompt_text(question, [CUT_OFF] * count)))
 
 
 def prune(session: Session, drafts: Sequence[Draft], budget: int) -> list[str]:
@@ -168,7 +171,7 @@ def prune(session: Session, drafts: Sequence[Draft], budget: int) -> list[str]:
     pruned = []
     for draft, text, length, share in zip(drafts, texts, lengths, shares(lengths, budget), strict=True):
         shown = text if length <= share else _shorten(session, draft.text, share)
-        pruned.append(shown if draft.ended else f"{shown}\n(It was cut off here, before it ended.)")
+        pruned.append(shown if draft.ended else f"{shown}{CUT_OFF}")
     return pruned
 
 

@@ -126,10 +126,12 @@ def think(
         printer: How answers of the kind ``code`` are compared: by what they print, those that print nothing by their
             text. Without it by their form, see ``qad.final_answer.same``.
         on_event: Called with every token and ending. A KeyboardInterrupt that it or the engine raises ends the
-            sampling: what had ended is judged, and the thought says so.
+            sampling: what had ended is judged, and the thought says so. One while answers are compared ends that: then
+            there is no vote, and the texts are there.
 
     Raises:
-        UserError: No question, or no room for what was asked; the message says what fits.
+        UserError: No question, or no room for what was asked; the message says what fits. What goes wrong once
+            trajectories have ended is told in the notes.
     """
     options = options or ThinkOptions()
     if not question.strip():
@@ -201,6 +203,17 @@ def _deliberation(
     pool = _Pool(session, prompt, own, judge, on_event, round_)
     pool.run(options.summary_k, options.summary_k, early=False)
     return pool
+
+
+def lacks_room(session: Session, question: str, options: ThinkOptions) -> str | None:
+    """Return why a deliberation, should one be needed, would have no room; None if it has, or none can be needed."""
+    if options.method not in ("deliberate", "auto"):
+        return None
+    try:
+        _check_room(session, question, options)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _check_room(session: Session, question: str, options: ThinkOptions) -> None:
@@ -375,10 +388,16 @@ class _Pool:
     def run(self, k: int, at_once: int, *, early: bool) -> None:
         """Sample k trajectories, some at a time; ``early``: stop when the judge has enough."""
         self._k, self._early = k, early
-        for first in range(0, k, at_once):
-            if self.interrupted or self.failure or (early and self._judge.suffices(self.states, k)):
-                break
-            self._wave(first, min(at_once, k - first))
+        try:
+            for first in range(0, k, at_once):
+                if self.interrupted or self.failure or (early and self._judge.suffices(self.states, k)):
+                    break
+                self._wave(first, min(at_once, k - first))
+        except KeyboardInterrupt:
+            # Between two calls of the engine, while answers were compared.
+            self.interrupted = True
+            begun = range(len(self.trajectories), len(self.states))
+            self.trajectories += [self._cut_off(index, 0.0) for index in begun]
         for index in range(len(self.trajectories), k):
             self._tell(index, None, "", "spared")
 
@@ -522,12 +541,29 @@ def _conclude(
         notes=judge.notes,
         interrupted=pool.interrupted,
     )
-    ended = pool.ended
     if pool.failure:
         thought.notes.append(f"not all was sampled, what had ended was judged: {pool.failure}")
-    if not ended:
-        thought.notes.append("no trajectory ended: there is nothing to judge")
-        return thought
+    try:
+        if pool.ended:
+            _decide(session, question, options, judge, pool, thought, scorer, on_event)
+    except KeyboardInterrupt:
+        thought.interrupted = True
+        thought.notes.append("interrupted while the answers were compared: there is no result")
+    return thought
+
+
+def _decide(
+    session: Session,
+    question: str,
+    options: ThinkOptions,
+    judge: _Judge,
+    pool: _Pool,
+    thought: Thought,
+    scorer: Scorer | None,
+    on_event: OnEvent | None,
+) -> None:
+    """Put into a thought what follows from the trajectories that have ended, of which there are some."""
+    answers, confidences = thought.answers, thought.confidences
     if options.method == "auto":
         thought.method = "vote" if judge.comparable(answers, options.k) else "deliberate"
     if thought.method == "deliberate":
@@ -536,13 +572,13 @@ def _conclude(
         else:
             try:
                 _deliberate(session, question, options, judge, thought, on_event)
-            except UserError as error:
-                if options.method == "deliberate":
-                    raise
-                thought.notes.append(f"not deliberated: {error}")
+            except (UserError, KeyboardInterrupt) as error:
+                thought.interrupted |= isinstance(error, KeyboardInterrupt)
+                further = "not deliberated further" if thought.deliberations else "not deliberated"
+                thought.notes.append(f"{further}: {error if isinstance(error, UserError) else 'interrupted'}")
         if thought.deliberations:
-            return thought
-        thought.method = "vote" if judge.comparable(answers, len(ended)) else "best"
+            return
+        thought.method = "vote" if judge.comparable(answers, len(pool.ended)) else "best"
     if thought.method in ("vote", "weighted"):
         weights = [weight(value) for value in confidences] if thought.method == "weighted" else None
         thought.vote = judge.vote(answers, weights)
@@ -551,12 +587,11 @@ def _conclude(
                 answers[thought.vote.index],
                 _reply(pool.trajectories[thought.vote.index].text),
             )
-            return thought
+            return
         thought.notes.append("no trajectory has an answer to vote on: the text that the model was surest of is shown")
         thought.method = "best"
     best = _best(question, pool, judge, scorer)
     thought.answer, thought.text = pool.states[best].answer, _reply(pool.states[best].text)
-    return thought
 
 
 def _best(question: str, pool: _Pool, judge: _Judge, scorer: Scorer | None) -> int:

@@ -77,6 +77,11 @@ class ThinkOptions:
                 "dropping trajectories may change the vote, so it does not go with exact stopping: give a confidence "
                 "below 1, such as 0.95, or switch early stopping off"
             )
+        if self.method not in ("deliberate", "auto") and (self.summary_k > 1 or self.iterations > 1 or self.budget):
+            raise UserError(
+                f"the method {self.method} deliberates on nothing, so a number of deliberations, of rounds or of their "
+                "tokens means nothing: leave it out, or give --method deliberate"
+            )
         if self.k > 1 and self.sampling.temperature == 0:
             raise UserError(f"{self.k} trajectories at temperature 0 are all the same: give a temperature above 0")
         if self.measure not in get_args(Measure):

@@ -120,20 +120,30 @@ def _ending(event: Event) -> Text:
     return Text(said, style=_STYLES[event.state])
 
 
-def print_thought(thought: Thought, console: Console, k: int, print_reply: Callable[[str], None] = print) -> None:
+def print_thought(
+    thought: Thought,
+    console: Console,
+    k: int,
+    *,
+    unfinished: bool = False,
+    print_reply: Callable[[str], None] = print,
+) -> None:
     """Print the reply, and about it on a console: the votes, what it cost, and what the user should know.
 
     Args:
         thought: What came.
         console: For what is about the reply.
         k: How many trajectories were asked for.
+        unfinished: Whether to print, after an interrupt, the texts that had not ended.
         print_reply: For the reply itself.
     """
     if thought.interrupted:
-        done = sum(one.reason not in ("dropped", "lost") for one in thought.trajectories)
-        console.print(
-            f"[bold yellow]interrupted:[/] {done} of {k} trajectories had ended; what follows rests on these alone"
-        )
+        console.print(Text("interrupted: ", style="bold yellow") + _reached(thought, k), soft_wrap=True)
+        if unfinished:
+            for one in thought.trajectories:
+                if one.reason == "dropped" and one.text.strip():
+                    console.print(Text(f"trajectory {one.index + 1}, not ended, {len(one.tokens)} tokens:", "dim"))
+                    console.print(Text(one.text.strip()), soft_wrap=True)
     if thought.text:
         print_reply(thought.text)
     if thought.vote is not None and thought.vote.counts:
@@ -143,10 +153,32 @@ def print_thought(thought: Thought, console: Console, k: int, print_reply: Calla
     console.print(Text(_sum(thought, k), style="dim"), soft_wrap=True)
 
 
+def _ended(thought: Thought) -> int:
+    return sum(one.reason not in ("dropped", "lost") for one in thought.trajectories)
+
+
+def _reached(thought: Thought, k: int) -> Text:
+    """Return how far a thought had come when it was interrupted, and what its result is worth."""
+    ended = _ended(thought)
+    tokens = "token was" if thought.tokens == 1 else "tokens were"
+    said = f"{ended} of {k} trajectories had ended, {thought.tokens} {tokens} sampled; "
+    if not ended:
+        said += "there is nothing to judge"
+    elif not thought.text:
+        said += "none of their texts was chosen"
+    elif ended == k:
+        said += "what follows rests on these"
+    else:
+        said += f"what follows is a partial {'vote, of' if thought.vote is not None else 'result, from'} these alone"
+    return Text(said, style="default")
+
+
 def _votes(thought: Thought) -> Table:
     vote = thought.vote
     assert vote is not None
-    table = Table(title="votes of the deliberations" if thought.deliberations else "votes", title_justify="left")
+    partial = " (partial)" if thought.interrupted and not thought.deliberations else ""
+    title = "votes of the deliberations" if thought.deliberations else f"votes{partial}"
+    table = Table(title=title, title_justify="left")
     table.add_column("answer")
     table.add_column("votes", justify="right")
     weighted = vote.weights != {answer: float(count) for answer, count in vote.counts.items()}
@@ -162,8 +194,7 @@ def _votes(thought: Thought) -> Table:
             ", ".join(str(index + 1) for index in vote.members[answer]),
             style="bold" if vote.index in vote.members[answer] else "",
         )
-    ended = sum(one.reason not in ("dropped", "lost") for one in thought.trajectories)
-    without = ended - sum(vote.counts.values())
+    without = _ended(thought) - sum(vote.counts.values())
     if without > 0 and not thought.deliberations:
         table.add_row("[dim]no answer[/]", str(without), *([""] if weighted else []), "")
     return table
@@ -180,6 +211,6 @@ def _sum(thought: Thought, k: int) -> str:
     if begun < k:
         said.append(f"{k - begun} not begun")
     if thought.deliberations:
-        said.append(f"{len(thought.deliberations)} deliberations")
+        said.append(f"{len(thought.deliberations)} deliberation{'s' * (len(thought.deliberations) > 1)}")
     saved = f", an estimated {thought.tokens_saved} or more saved" if thought.tokens_saved else ""
     return f"{', '.join(said)}; {thought.tokens} tokens{saved}; {thought.seconds:.1f} s"
