@@ -157,6 +157,10 @@ class Session(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Let go of what is kept of earlier prompts: the next call computes all, as in a session just opened."""
+        ...
+
     @property
     def work(self) -> Work:
         """What the latest call of ``sample`` cost; while one runs, what it has cost so far."""

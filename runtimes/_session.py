@@ -142,6 +142,10 @@ class TokenizerSession(ABC):
         ending = Ending(reason, len(prompt_T), made, read - began, time.perf_counter() - read)
         yield Piece(text.end(), None, ending)
 
+    def forget(self) -> None:
+        """Let go of what is kept of earlier prompts, which is nothing."""
+        return
+
     @property
     def work(self) -> Work:
         """What the latest call of ``sample`` cost; while one runs, what it has cost so far."""

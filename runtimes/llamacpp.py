@@ -161,6 +161,11 @@ class LlamaSession:
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocabulary:
             raise ValueError(f"tokens must lie in 0..{self.vocabulary - 1}")
 
+    def forget(self) -> None:
+        """Let go of the prompt in the cache: the next call computes all of its own, as in a session just opened."""
+        self._uses += 1
+        self._context.clear()
+
     def logits(self, tokens_BT: ArrayLike) -> NDArray[np.float32]:
         """Return the logits after each token of each sequence, shape [B, T, V]."""
         tokens = np.asarray(tokens_BT, dtype=np.int32)

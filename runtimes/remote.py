@@ -77,6 +77,9 @@ class RemoteSession:
         """Name of the server's program, as far as it is known."""
         return self._server.kind.name
 
+    def forget(self) -> None:
+        """Leave the server's cache alone: OpenAI's interface has no word for it."""
+
     @property
     def work(self) -> Work:
         """What the latest call of ``sample`` cost, as far as the server tells; see ``sample``."""

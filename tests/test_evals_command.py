@@ -1,5 +1,6 @@
 """``qad eval`` as it is typed: what it prints and writes, on tiny models whose answers are known beforehand."""
 
+import io
 import json
 import re
 from dataclasses import asdict, replace
@@ -7,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from qad.cli import app
 from qad.errors import UserError
-from qad.evals import results, sandbox
+from qad.evals import results, sandbox, table
 from qad.evals.command import file_of, short_names
 from qad.evals.compare import compare
 from qad.evals.metrics import CHOSEN, metrics_of
+from qad.evals.names import shortened
 from qad.evals.plots import reliability_plot
 from qad.runtimes import GREEDY, Trajectory, open_model
 from tests.helpers_models import make_artifact, verify_text
+from tests.helpers_server import interrupting
 
 PROMPTS = [f"Say {index} and {index * 7}." for index in range(8)]
 NEW = 6
@@ -188,6 +192,107 @@ def test_results_are_compared_later_from_json_or_samples(
     assert [replace(one, chosen={"vote": one.chosen["vote"]}) for one in stored_samples.items] == ones["teacher"]
 
 
+def test_models_without_a_common_task_are_named_and_the_others_compared(
+    evaluated: tuple[dict[str, Any], str, Path], tmp_path: Path
+) -> None:
+    values, _, _ = evaluated
+    files = []
+    for model, task in (("a", "own"), ("b", "mixed"), ("c", "own")):
+        files.append(tmp_path / f"{model}.json")
+        rows = [{**row_of(values, "student" if model == "c" else "teacher", task), "model": model}]
+        files[-1].write_text(json.dumps({**values, "rows": rows}))
+    out = invoke("--compare", *map(str, files))
+    assert "a (first) against c (second)" in out
+    assert "b is not compared: it has mixed, of which a has none" in out
+
+
+def test_a_setting_that_differs_is_refused_before_anybody_is_asked(
+    models: dict[str, Path], tmp_path: Path, evaluated: tuple[dict[str, Any], str, Path]
+) -> None:
+    task = str(evaluated[2] / "own.jsonl")
+    common = ("--task", task, "--limit", "1", "--new-tokens", "2", "--threads", "1", "-o", str(tmp_path / "samples"))
+    invoke(str(models["student"]), *common, "--k", "1")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.json*")}
+    with pytest.raises(UserError) as raised:
+        invoke(str(models["teacher"]), str(models["student"]), *common, "--k", "2", "--temperature", "1")
+    assert "give --k 1 --temperature 0.0 to go on with them, choose another folder with -o" in str(raised.value)
+    # It is not said that the same command goes on.
+    assert "the same command" not in str(raised.value)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.json*")} == before
+    invoke(str(models["teacher"]), str(models["student"]), *common, "--k", "1", "--temperature", "0.0")
+
+
+def test_an_interrupt_before_the_first_answer_says_that_nothing_is_kept(
+    evaluated: tuple[dict[str, Any], str, Path], tmp_path: Path
+) -> None:
+    with interrupting() as url:
+        try:
+            out = invoke(
+                *(url, "--task", str(evaluated[2] / "own.jsonl"), "-o", str(tmp_path), "--json", str(tmp_path / "e")),
+                code=130,
+            )
+        except KeyboardInterrupt:
+            pytest.fail("the interrupt went through")
+    assert "interrupted: no answer was complete yet, so nothing is kept" in " ".join(out.split())
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "width", "short"),
+    [
+        (["tiny", "small"], 12, ["tiny", "small"]),
+        (["SmolLM2-135M-Instruct-q4_0.gguf"], 15, ["SmolLM2…_0.gguf"]),
+        # The middle would be the same for both: what tells them apart is kept.
+        (["a-very-long-run-q4_0-00000000.gguf", "a-very-long-run-q8_0-00000000.gguf"], 26, None),
+        (["run-a-0000000000000000000000000000", "run-b-0000000000000000000000000000"], 12, None),
+        (["00000000000000000000000000000-a", "00000000000000000000000000000-b"], 12, None),
+        (
+            ["a-very-long-teacher-of-november.q4", "a-very-long-student-of-november.q4"],
+            12,
+            ["…-teacher-o…", "…-student-o…"],
+        ),
+        # In twelve characters some of these are the same, whatever is left out.
+        (
+            [f"{i * 'x'}.{(60 - i) * 'x'}" for i in (15, 30, 31)],
+            12,
+            [f"{i * 'x'}.{(60 - i) * 'x'}" for i in (15, 30, 31)],
+        ),
+    ],
+)
+def test_long_names_lose_their_middle_and_stay_different(names: list[str], width: int, short: list[str] | None) -> None:
+    found = shortened(names, width)
+    assert list(found) == names
+    assert len(set(found.values())) == len(names)
+    if short is not None:
+        assert list(found.values()) == short
+        return
+    for whole, cut in found.items():
+        begin, end = cut.split("…")
+        assert len(cut) == width
+        assert whole.startswith(begin)
+        assert whole.endswith(end)
+
+
+def test_tables_do_not_fold_long_names(evaluated: tuple[dict[str, Any], str, Path]) -> None:
+    values, _, _ = evaluated
+    long = {name: f"SmolLM2-135M-Instruct-distilled-{name}-of-november.q4_0.gguf" for name in ("teacher", "student")}
+    rows = [{**row, "model": long[row["model"]]} for row in values["rows"]]
+    console = Console(width=80, record=True, file=io.StringIO())
+    names = table.names_of(rows)
+    table.print_rows(console, rows, names)
+    table.print_failures(console, rows, names)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80 or all(line.startswith("in full: ") for line in lines if len(line) > 80)
+    for name in long.values():
+        assert lines.count(f"in full: {name}") == 1
+    pieces = [line.split()[0] for line in lines if "…" in line]
+    assert len(pieces) > len(rows)
+    # One way in each table.
+    assert len(set(pieces)) == 4
+    # Task, model, interval: no row has a third line.
+    assert all("teacher" in piece or "student" in piece for piece in pieces), pieces
+
+
 def test_training_on_a_level_tells_what_failures_were(
     evaluated: tuple[dict[str, Any], str, Path], models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -219,8 +324,20 @@ def test_training_on_a_level_tells_what_failures_were(
         (("{student}", "--task", "{own}", "--near", "{own}"), "own is asked for twice"),
         (("{student}", "--task", "{own}", "--task-file", "other=x"), "which is no task of this evaluation"),
         (("{student}", "--task", "{own}", "--json", "/nowhere/at/all.json"), "/nowhere/at is no folder"),
+        (("{student}", "{student}", "--task", "{own}"), "student is named twice"),
+        (("{student}", "--reference", "{student}/", "--task", "{own}"), "the reference .* is the only model"),
+        (("--reference", "{student}", "--task", "{own}"), "the reference .* is the only model"),
         (("--compare", "{own}"), "is missing or damaged, which says what own.jsonl was made with"),
         (("--compare", "{json}"), "is no result of an evaluation"),
+        (
+            ("--compare", "{a1}", "{a2}"),
+            "files share no task .*a1.json has own; .*a2.json has mixed.* of the model a",
+        ),
+        (("--compare", "{a1}", "{b2}"), "the models share no task .a has own; b has mixed.: give results of the same"),
+        (("--compare", "{a1}", "{b1}"), "the models share no item of a task .a has own; b has own.*same --seed"),
+        (("--compare", "{a1}"), "a1.json has results of one model only .a.: give those of another beside it"),
+        (("--compare", "{a1}", "{a1}"), "a1.json is given twice"),
+        (("--compare", "{a1}", "{b1}", "--json", "/nowhere/at/all.json"), "/nowhere/at is no folder"),
     ],
 )
 def test_bad_input_is_one_clear_error(
@@ -232,6 +349,17 @@ def test_bad_input_is_one_clear_error(
 ) -> None:
     names = {"student": models["student"], "own": evaluated[2] / "own.jsonl", "json": tmp_path / "other.json"}
     (tmp_path / "other.json").write_text("{}")
+    (values, _, _) = evaluated
+    for name, (model, task, items) in {
+        "a1": ("a", "own", slice(4)),
+        "a2": ("a", "mixed", slice(4)),
+        "b1": ("b", "own", slice(4, 8)),
+        "b2": ("b", "mixed", slice(4)),
+    }.items():
+        row = row_of(values, "teacher", task)
+        names[name] = tmp_path / f"{name}.json"
+        rows = [{**row, "model": model, "per_item": row["per_item"][items]}]
+        names[name].write_text(json.dumps({**values, "rows": rows}))
     with pytest.raises(UserError, match=message):
         invoke(*(one.format(**names) for one in arguments), "-o", str(tmp_path / "samples"))
     assert not list(tmp_path.rglob("*.jsonl"))

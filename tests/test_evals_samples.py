@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 
+from qad import export
+from qad.artifact import open_artifact
 from qad.errors import UserError
 from qad.evals.item_results import read_results, representative, result_of
 from qad.evals.results import load
 from qad.evals.runner import Asking, Model, run_task
-from qad.evals.samples import Rows, Sample, SampleFile, Setting, fingerprint
+from qad.evals.samples import Rows, Sample, SampleFile, fingerprint
+from qad.evals.setting import Mismatch, Setting, setting_beside
 from qad.evals.task import JUDGING, Item, Task
 from qad.evals.tasks import load as load_task
-from qad.runtimes import Sampling, remote
+from qad.runtimes import Sampling, llamacpp, remote
 from tests.helpers_models import make_artifact
 from tests.helpers_server import Fault, Script, serving
 
@@ -133,34 +136,83 @@ def test_damage_is_told_and_left_alone(
     assert path.read_bytes() == before
 
 
+DELIBERATING = replace(SETTING, deliberation={"count": 1, "new_tokens": 16, "budget": None})
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("stored", "changes", "told", "remedy"),
     [
-        ({"task": "products"}, "the task: sums, now products"),
-        ({"task_seed": 1}, "the task's seed: 0, now 1"),
-        ({"k": 4}, "k: 2, now 4"),
-        ({"sampling": {"temperature": 1.0, "seed": 0}}, "the sampling: "),
-        ({"sha256": "cd" * 32}, "the model's file: abababababab…, now cdcdcdcdcdcd…"),
-        ({"new_tokens": 32}, "the number of new tokens: 16, now 32"),
+        (SETTING, {"task": "products"}, "the task: stored sums, asked for products", None),
+        (SETTING, {"task_seed": 1}, "the task's seed: stored 0, asked for 1", "--seed 0"),
+        (SETTING, {"k": 4}, "k: stored 2, asked for 4", "--k 2"),
+        (
+            SETTING,
+            {"sampling": {"temperature": 1.0, "seed": 0}},
+            "the sampling's temperature: stored 0.6, asked for 1.0",
+            "--temperature 0.6",
+        ),
+        (
+            SETTING,
+            {"sampling": {"temperature": 1.0, "seed": 7}, "task_seed": 7, "new_tokens": 32},
+            (
+                "the task's seed: stored 0, asked for 7; the sampling's temperature: stored 0.6, asked for 1.0; "
+                "the sampling's seed: stored 0, asked for 7; the number of new tokens: stored 16, asked for 32"
+            ),
+            "--seed 0 --temperature 0.6 --new-tokens 16",
+        ),
+        (
+            SETTING,
+            {"sha256": "cd" * 32},
+            f"the SHA-256 of the model's file: stored {'ab' * 32}, asked for {'cd' * 32}",
+            None,
+        ),
+        (
+            # Both begin with the same and end with the same: what is shown is what differs.
+            replace(SETTING, model=f"{'x' * 80}/four/{'y' * 200}"),
+            {"model": f"{'x' * 80}/eight/{'y' * 200}"},
+            f"the model's name: stored …{'x' * 11}/four/{'y' * 55}…, asked for …{'x' * 11}/eight/{'y' * 54}…",
+            None,
+        ),
+        (
+            DELIBERATING,
+            {"deliberation": {"count": 2, "new_tokens": 16, "budget": None}},
+            "the deliberation's count: stored 1, asked for 2",
+            "--summary-k 1",
+        ),
     ],
 )
-def test_other_settings_are_not_mixed_in(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_other_settings_are_not_mixed_in_and_the_remedy_works(
+    tmp_path: Path, stored: Setting, changes: dict[str, Any], told: str, remedy: str | None
+) -> None:
     path = tmp_path / "sums.jsonl"
-    fill(path, ITEMS[:1])
+    with SampleFile(path, stored) as file:
+        file.append([sample(ITEMS[0], 0), sample(ITEMS[0], 1)])
     before = path.read_bytes()
-    with pytest.raises(UserError, match=message):
-        SampleFile(path, replace(SETTING, **changes))
+    with pytest.raises(Mismatch) as raised:
+        SampleFile(path, replace(stored, **changes))
+    delete = f"choose another folder with -o, or delete {path} and sums.json"
+    again = f"give {remedy} to go on with them, {delete}" if remedy else delete
+    assert str(raised.value) == f"{path} has samples of another setting ({told}): {again}"
     assert path.read_bytes() == before
+    # What it says to delete suffices.
+    path.unlink()
+    (tmp_path / "sums.json").unlink()
+    SampleFile(path, replace(stored, **changes)).close()
 
 
-def test_deliberations_may_join_later_and_then_must_agree(tmp_path: Path) -> None:
+def test_a_setting_without_an_answer_binds_nobody(tmp_path: Path) -> None:
+    SampleFile(tmp_path / "sums.jsonl", SETTING).close()
+    with SampleFile(tmp_path / "sums.jsonl", replace(SETTING, k=4)) as file:
+        file.append([sample(ITEMS[0], 0, k=4)])
+    assert setting_beside(tmp_path / "sums.jsonl").k == 4
+
+
+def test_deliberations_may_join_later(tmp_path: Path) -> None:
     path = tmp_path / "sums.jsonl"
     fill(path, ITEMS[:1])
-    deliberating = replace(SETTING, deliberation={"count": 1, "new_tokens": 16, "budget": None})
-    SampleFile(path, deliberating).close()
+    SampleFile(path, DELIBERATING).close()
     SampleFile(path, SETTING).close()
-    with pytest.raises(UserError, match="the deliberation: "):
-        SampleFile(path, replace(SETTING, deliberation={"count": 2, "new_tokens": 16, "budget": None}))
+    assert setting_beside(path) == DELIBERATING
 
 
 def test_a_changed_item_is_noticed(tmp_path: Path) -> None:
@@ -369,6 +421,33 @@ def test_what_was_answered_is_not_asked_again(run: Path, tmp_path: Path) -> None
     assert texts[0] == texts[1]
     assert len(set(texts[0].values())) > 12
     assert ask(run, task, path)[0] == [False] * 6
+
+
+@pytest.mark.skipif(llamacpp.available() is not None, reason=str(llamacpp.available()))
+def test_an_evaluation_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(run: Path, tmp_path: Path) -> None:
+    # Prompts that begin alike: llama.cpp would compute what differs alone, in kernels that round otherwise.
+    lines = [{"prompt": f"{'Think well. ' * 6}Say {index}.", "solution": "1", "task": "math"} for index in range(4)]
+    (tmp_path / "say.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = load_task(str(tmp_path / "say.jsonl"))
+    model = tmp_path / "tiny.gguf"
+    export.get("gguf").write(open_artifact(run), model)
+    asking = replace(ASKING, new_tokens=6, deliberations=2, budget=120)
+    ask(model, task, tmp_path / "whole.jsonl", asking)
+    parts = tmp_path / "parts.jsonl"
+    for count in range(1, 5):
+        ask(model, replace(task, items=task.items[:count]), parts, asking)  # type: ignore[type-var]
+        # The last item loses its deliberations, then also a trajectory.
+        rows = parts.read_bytes().splitlines(keepends=True)
+        parts.write_bytes(b"".join(rows[: len(rows) - {2: 2, 3: 3}.get(count, 0)]))
+
+    def found(path: Path) -> dict[Any, Any]:
+        rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+        return {
+            (row["id"], row.get("pass"), row["index"]): {k: v for k, v in row.items() if k != "seconds"} for row in rows
+        }
+
+    assert len(found(parts)) == 4 * (3 + 2)
+    assert found(parts) == found(tmp_path / "whole.jsonl")
 
 
 def test_deliberations_are_made_of_what_is_stored(run: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any, cast, get_args
 
 from qad.errors import UserError, unknown_name
 from qad.evals.calibration import Fit
-from qad.evals.command import Options, TaskRequest, compare_command, eval_command
+from qad.evals.command import Options, TaskRequest, eval_command
+from qad.evals.compare_command import compare_command
 from qad.evals.runner import Asking, check_methods
 from qad.evals.shift import Label
 from qad.runtimes import Sampling

@@ -1,36 +1,36 @@
 """``qad eval``: models on tasks and texts, one after another, and everything that follows from their answers."""
 
-import json
-import platform
+import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qad import __version__, interrupts
+from qad import interrupts
 from qad.errors import UserError
 from qad.evals import calibration, results, table, tasks
 from qad.evals.calibration import Judged, confidence_of
 from qad.evals.chains import likeness_to_samples, likeness_to_solutions
-from qad.evals.compare import compare
+from qad.evals.differences import differences, plain
 from qad.evals.failures import diagnose
 from qad.evals.metrics import ItemResult, costs_of, cut_off, majority_baseline, metrics_of, pass_curve
 from qad.evals.plots import reliability_plot
 from qad.evals.progress import ItemProgress, StepProgress
+from qad.evals.record import write_record
 from qad.evals.results import Result
 from qad.evals.runner import Asking, Model, run_task
 from qad.evals.samples import SampleFile
+from qad.evals.setting import Mismatch, Setting, agreed
 from qad.evals.shift import LABELS, Label, shift_of
-from qad.evals.task import JUDGING, Task
+from qad.evals.task import Task
 from qad.evals.text import chunks_of, text_quality
-from qad.files import check_output, replacing_file
+from qad.files import check_output
 from qad.final_answer import same
-from qad.host import describe
+from qad.runtimes import is_url
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,26 @@ def short_names(sources: Sequence[str]) -> dict[str, str]:
     return {source: name if names.count(name) == 1 else source for source, name in last.items()}
 
 
+def _told_apart(sources: Sequence[str], reference: str | None) -> list[str]:
+    """Return the models to evaluate, the reference first.
+
+    Raises:
+        UserError: One is named twice, or the reference is the only one.
+    """
+    places = {source: source if is_url(source) else os.path.realpath(source) for source in (*sources, reference or "")}
+    if twice := [source for index, source in enumerate(sources) if places[source] in map(places.get, sources[:index])]:
+        raise UserError(f"{twice[0]} is named twice: name each model once")
+    if reference is None:
+        return list(sources)
+    others = [source for source in sources if places[source] != places[reference]]
+    if not others:
+        raise UserError(
+            f"the reference {reference} is the only model, so there is nothing to hold against it: name the student as "
+            "the model and its teacher with --reference, or leave --reference out"
+        )
+    return [reference, *others]
+
+
 def file_of(folder: Path, model: str, task: str) -> Path:
     """Return where the samples of a model on a task are kept."""
     safe = [re.sub(r"[^\w.@+-]+", "_", part).lstrip(".") or "_" for part in (model, task)]
@@ -105,11 +125,11 @@ class Evaluation:
         console: For progress.
 
     Raises:
-        UserError: A model or a task is missing.
+        UserError: A model or a task is missing, or the reference has nothing to be held against.
     """
 
     def __init__(self, sources: Sequence[str], reference: str | None, options: Options, console: Console) -> None:
-        ordered: list[str] = list(dict.fromkeys(sources if reference is None else [reference, *sources]))
+        ordered = _told_apart(sources, reference)
         names = short_names(ordered)
         self._models = [Model(source, names[source], options.model_options) for source in ordered]
         self._reference = self._models[0] if reference else None
@@ -124,6 +144,11 @@ class Evaluation:
         self.rows: list[dict[str, Any]] = []
         self.texts: list[dict[str, Any]] = []
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether models are held against one."""
+        return self._reference is not None
+
     def _load(self, request: TaskRequest) -> Task:
         loaded = tasks.load(request.name, path=request.path, limit=self._options.limit, seed=self._options.task_seed)
         if not loaded.items:
@@ -135,12 +160,23 @@ class Evaluation:
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    @property
+    def kept(self) -> bool:
+        """Whether there are answers on the disk, of now or of earlier."""
+        files = [self._place(model, task) for model in self._models for _, task in self._tasks]
+        return any(file.is_file() and file.stat().st_size for file in files)
+
     def run(self) -> None:
         """Ask every model everything.
 
         Raises:
+            Mismatch: Some of the answers that are there were asked for otherwise; nothing was asked.
             UserError: A model, a judge or the disk fails; what was answered is kept.
         """
+        for model in self._models:
+            for _, task in self._tasks:
+                # The last of them before hours are spent on the first.
+                agreed(self._place(model, task), self._setting(model, task))
         for model in self._models:
             with model:
                 for request, task in self._tasks:
@@ -236,9 +272,13 @@ class Evaluation:
 
     def _samples(self, model: Model, task: Task) -> SampleFile:
         """Return the opened samples of a model on a task."""
-        options = self._options
-        path = file_of(options.output, model.name, task.name)
-        return SampleFile(path, options.asking.setting(task, options.task_seed, model))
+        return SampleFile(self._place(model, task), self._setting(model, task))
+
+    def _place(self, model: Model, task: Task) -> Path:
+        return file_of(self._options.output, model.name, task.name)
+
+    def _setting(self, model: Model, task: Task) -> Setting:
+        return self._options.asking.setting(task, self._options.task_seed, model)
 
     def _read_text(self, model: Model) -> None:
         options = self._options
@@ -301,80 +341,6 @@ def _read(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text: save it as such") from error
 
 
-ALL = "all tasks"
-
-
-def differences(found: Sequence[Result], margin: float, *, base_last: bool) -> list[dict[str, Any]]:
-    """Return the paired differences of models.
-
-    Args:
-        found: Of several models.
-        margin: Loss that still counts as as good.
-        base_last: The first model is what each other is held against, and named second: student against teacher. If
-            not, the first is held against each other.
-
-    Returns:
-        For each pair and task ``task``, ``first``, ``second`` and ``differences``; where they share several tasks, also
-        for the items of all of them together, under ``ALL``.
-    """
-    models = list(dict.fromkeys(one.model for one in found))
-    by_name = {(one.model, one.task): one.items for one in found}
-    pairs = [(other, models[0]) if base_last else (models[0], other) for other in models[1:]]
-    compared = []
-    for first, second in pairs:
-        shared = [
-            task
-            for task in dict.fromkeys(one.task for one in found)
-            if (first, task) in by_name and (second, task) in by_name
-        ]
-        sides = {task: (by_name[first, task], by_name[second, task]) for task in shared}
-        if len(shared) > 1:
-            together = [[_of(task, item) for task in shared for item in sides[task][side]] for side in (0, 1)]
-            if len({item.k for side in together for item in side}) == 1:
-                sides[ALL] = (together[0], together[1])
-        for task, (ours, theirs) in sides.items():
-            if made := compare(ours, theirs, margin):
-                compared.append({"task": task, "first": first, "second": second, "differences": made})
-    return compared
-
-
-def _of(task: str, item: ItemResult) -> ItemResult:
-    """Return an item under a name that tells it from those of other tasks."""
-    return replace(item, id=f"{task}: {item.id}")
-
-
-def _plain(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{**one, "differences": [difference.to_dict() for difference in one["differences"]]} for one in compared]
-
-
-_LIBRARIES = ("llama-cpp-python", "torch", "transformers", "onnxruntime-genai", "gptqmodel", "reasoning-gym")
-
-
-def _versions() -> dict[str, str]:
-    found = {"qad": __version__, "python": platform.python_version()}
-    for library in (*_LIBRARIES, "math-verify", "scikit-learn", "torchmetrics", "rouge-score"):
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _write(json_file: Path, command: str, began: float, content: Mapping[str, Any]) -> None:
-    values = {
-        "format": results.FORMAT,
-        "kind": "eval",
-        "judging": JUDGING,
-        "command": command,
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-        "machine": describe(),
-        "versions": _versions(),
-        **content,
-    }
-    with replacing_file(json_file) as temporary:
-        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def eval_command(
     sources: Sequence[str],
     reference: str | None,
@@ -401,25 +367,37 @@ def eval_command(
     """
     if not options.tasks and options.text is None:
         raise UserError("nothing to evaluate on: give --task, --trained, --near, --far or --text")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"{json_file.absolute().parent} is no folder: make it, or write --json elsewhere")
     if json_file is not None:
         check_output(json_file, "--json")
     began = time.time()
     progress = Console(stderr=True)
-    evaluation = Evaluation(sources, reference, options, progress)
-    again = f"the answers so far are kept in {options.output}: the same command goes on from there"
+    evaluation: Evaluation | None = None
+    kept = f"the answers so far are kept in {options.output}: the same command goes on from there"
     try:
         with interrupts.remembered():
+            evaluation = Evaluation(sources, reference, options, progress)
             evaluation.run()
+            _finish(evaluation, options, plots=plots, json_file=json_file, command=command, began=began)
     except KeyboardInterrupt:
-        progress.print(f"interrupted; {again}", markup=False, soft_wrap=True)
+        if evaluation is None:
+            told = "nothing was asked yet"
+        else:
+            told = kept if evaluation.kept else "no answer was complete yet, so nothing is kept"
+        progress.print(f"interrupted: {told}", markup=False, highlight=False, soft_wrap=True)
         return 130
     except UserError as error:
-        if options.tasks and options.output.is_dir():
-            raise UserError(f"{error} ({again})") from error
+        # What stands there for other settings, the same command would not go on with.
+        if evaluation is not None and evaluation.kept and not isinstance(error, Mismatch):
+            raise UserError(f"{error} ({kept})") from error
         raise
-    compared = differences(evaluation.results(), options.margin, base_last=reference is not None)
+    return 0
+
+
+def _finish(
+    evaluation: Evaluation, options: Options, *, plots: Path | None, json_file: Path | None, command: str, began: float
+) -> None:
+    """Compare, plot, write and print what was found."""
+    compared = differences(evaluation.results(), options.margin, base_last=evaluation.has_reference)
     shifts = evaluation.shifts()
     if plots is not None:
         for row in evaluation.rows:
@@ -431,42 +409,17 @@ def eval_command(
         content = {
             "sampling": asdict(options.asking),
             "rows": evaluation.rows,
-            "comparisons": _plain(compared),
+            "comparisons": plain(compared),
             "shift": shifts,
             "text": evaluation.texts,
         }
-        _write(json_file, command, began, content)
+        write_record(json_file, command, began, content)
     console = Console()
-    table.print_rows(console, evaluation.rows)
-    table.print_differences(console, compared)
-    table.print_failures(console, evaluation.rows)
-    table.print_calibration(console, evaluation.rows)
-    table.print_similarity(console, evaluation.rows)
-    table.print_shift(console, shifts)
-    table.print_text(console, evaluation.texts)
-    return 0
-
-
-def compare_command(files: Sequence[Path], *, margin: float, json_file: Path | None, command: str) -> int:
-    """Compare results that were made before, print the differences, and return the exit code 0.
-
-    Args:
-        files: What ``--json`` wrote, or files of samples; the first model is held against each other.
-        margin: Loss that still counts as as good.
-        json_file: Where to write the differences.
-        command: What was typed, for the record.
-
-    Raises:
-        UserError: A file is missing or damaged, there is one model only, or no item that two share.
-    """
-    began = time.time()
-    found = results.load_all(files)
-    if len({one.model for one in found}) < 2:
-        raise UserError("there is one model only: give the results of two or more")
-    compared = differences(found, margin, base_last=False)
-    if not compared:
-        raise UserError("the models share no item of a task: evaluate them on the same tasks with the same seed")
-    if json_file is not None:
-        _write(json_file, command, began, {"rows": [], "comparisons": _plain(compared)})
-    table.print_differences(Console(), compared)
-    return 0
+    names = table.names_of(evaluation.rows, evaluation.texts)
+    table.print_rows(console, evaluation.rows, names)
+    table.print_differences(console, compared, names)
+    table.print_failures(console, evaluation.rows, names)
+    table.print_calibration(console, evaluation.rows, names)
+    table.print_similarity(console, evaluation.rows, names)
+    table.print_shift(console, shifts, names)
+    table.print_text(console, evaluation.texts, names)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from qad.errors import UserError
 from qad.evals.metrics import ItemResult
-from qad.evals.samples import Rows, Sample, setting_beside
+from qad.evals.samples import Rows, Sample
+from qad.evals.setting import setting_beside
 from qad.evals.task import JUDGING
 from qad.final_answer import Kind
 from qad.think import vote

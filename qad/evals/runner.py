@@ -14,7 +14,8 @@ from qad.bench_run import digest
 from qad.errors import UserError, unknown_name
 from qad.evals.item_results import result_of
 from qad.evals.metrics import ItemResult
-from qad.evals.samples import Sample, SampleFile, Setting, fingerprint, judging
+from qad.evals.samples import Sample, SampleFile, fingerprint, judging
+from qad.evals.setting import Setting
 from qad.evals.task import Item, Task
 from qad.runtimes import Lost, Sampling, Session, Step, Trajectory, is_url, open_model, plain_url
 from qad.think import ThinkOptions, deliberate
@@ -196,6 +197,9 @@ def _sample(model: Model, task: Task, item: Item, file: SampleFile, asking: Aski
     """Ask for trajectories ``first``, ``first + 1`` ..., and keep those that were complete, whatever happens."""
     session = model.session
     judge = _Judge(model, task, item, asking)
+    # A prompt of which a part is in the cache is computed in other kernels than a whole one, and rounds otherwise (see
+    # the runtimes' ``sample``): each item begins from nothing, so that it gives the same bits wherever a run went on.
+    session.forget()
     try:
         made = session.sample(
             session.chat_prompt(item.prompt),
@@ -226,6 +230,8 @@ def _deliberate(model: Model, task: Task, item: Item, file: SampleFile, asking: 
     )
     drafts = [Draft(one.text, one.reason == "stop") for one in file.samples(item) if one.text.strip()]
     # Where nobody wrote anything there is nothing to judge, which the model is told.
+    # As in ``_sample``: the question's prompt is in the cache only where the trajectories were made just now.
+    model.session.forget()
     made = deliberate(model.session, item.prompt, drafts or [Draft("(nothing)")], options)
     whole = [one for one in made if one.reason in _WHOLE]
     judge = _Judge(model, task, item, asking)

@@ -21,16 +21,15 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from qad.errors import UserError
+from qad.evals.setting import FORMAT, Setting, agreed
 from qad.evals.task import JUDGING, Item, Task
 from qad.files import explain, replacing_file
-from qad.final_answer import Kind
 
 try:
     import fcntl
 except ImportError:  # Windows: two programs that write one file are then not told apart
     fcntl = None
 
-FORMAT = 1
 DELIBERATION = "deliberation"
 
 
@@ -108,45 +107,6 @@ def fingerprint(item: Item) -> str:
 def judging(task: Task, item: Item) -> str:
     """Return by which rules an item's answers are judged now."""
     return f"{JUDGING} {task.judge(item)}"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What samples were made with. Rows of two settings do not stand in one file.
-
-    Attributes:
-        task: Name of the task, without a limit: more items may join.
-        task_seed: Seed of the task's items.
-        model: Name of the model in the table.
-        sha256: Of its file, or what else stands for it.
-        k: Trajectories of an item.
-        sampling: Rule and seed.
-        new_tokens: Most tokens of a trajectory.
-        deliberation: How deliberations were made; None while there is none.
-        kind: How two answers are compared; it is noted for who reads the samples without the task.
-    """
-
-    task: str
-    task_seed: int
-    model: str
-    sha256: str
-    k: int
-    sampling: dict[str, Any]
-    new_tokens: int
-    deliberation: dict[str, Any] | None = None
-    kind: Kind | None = None
-
-
-_WORDS = {
-    "task": "the task",
-    "task_seed": "the task's seed",
-    "model": "the model's name",
-    "sha256": "the model's file",
-    "k": "k",
-    "sampling": "the sampling",
-    "new_tokens": "the number of new tokens",
-    "deliberation": "the deliberation",
-}
 
 
 # Signs besides the line feed at which readers of text may end a line.
@@ -252,8 +212,8 @@ class SampleFile:
         cut: Torn rows that were cut off its end.
 
     Raises:
-        UserError: It was made with something else, is damaged in its middle, is being written by somebody else, or
-            cannot be written.
+        Mismatch: It was made with something else.
+        UserError: It is damaged in its middle, is being written by somebody else, or cannot be written.
     """
 
     def __init__(self, path: Path, setting: Setting) -> None:
@@ -282,55 +242,18 @@ class SampleFile:
             except BlockingIOError as error:
                 raise UserError(f"{self.path} is being written by another qad eval: wait for it") from error
 
-    @property
-    def _beside(self) -> Path:
-        return self.path.with_suffix(".json")
-
     def _settle(self) -> None:
-        """Hold the setting against the stored one, or store it.
+        """Hold the setting against the stored one, and store what is agreed.
 
         Raises:
-            UserError: They differ; the message says in what.
+            UserError: They differ; see ``agreed``.
         """
-        assert self._file is not None
-        self._file.seek(0, os.SEEK_END)
-        if not self._beside.is_file():
-            if self._file.tell():
-                raise UserError(
-                    f"{self._beside} is missing, which says what {self.path.name} was made with: bring it back, or "
-                    "choose another folder with -o"
-                )
-            self._store()
-            return
-        try:
-            stored = json.loads(self._beside.read_text(encoding="utf-8"))
-            if stored["format"] != FORMAT:
-                raise UserError(f"{self._beside} has format {stored['format']!r}, not {FORMAT}: made by another qad")
-            known = {name: stored["setting"][name] for name in _WORDS}
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{self._beside} is damaged: choose another folder with -o, or delete it and the samples"
-            ) from error
-        wanted = asdict(self._setting)
-        if wanted["deliberation"] is None or known["deliberation"] is None:
-            # One of both has none: nothing to disagree about.
-            wanted["deliberation"] = known["deliberation"] = wanted["deliberation"] or known["deliberation"]
-        differ = [name for name in _WORDS if wanted[name] != known[name]]
-        if differ:
-            told = "; ".join(f"{_WORDS[name]}: {_short(known[name])}, now {_short(wanted[name])}" for name in differ)
-            raise UserError(
-                f"{self.path} was made with something else ({told}): choose another folder with -o, or delete it"
-            )
-        self._setting = Setting(**wanted)
-        if stored["setting"] != asdict(self._setting):
-            self._store()
-
-    def _store(self) -> None:
-        with replacing_file(self._beside) as temporary:
-            text = json.dumps({"format": FORMAT, "setting": asdict(self._setting)}, indent=1) + "\n"
-            temporary.write_text(text, encoding="utf-8")
+        self._setting = agreed(self.path, self._setting)
+        beside = self.path.with_suffix(".json")
+        content = json.dumps({"format": FORMAT, "setting": asdict(self._setting)}, indent=1) + "\n"
+        if not beside.is_file() or beside.read_bytes() != content.encode():
+            with replacing_file(beside) as temporary:
+                temporary.write_text(content, encoding="utf-8")
 
     def _scan(self) -> None:
         """Find where each item's rows lie, and cut off what an interrupted write left."""
@@ -441,24 +364,3 @@ class SampleFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def setting_beside(path: Path) -> Setting:
-    """Return what a file of samples was made with.
-
-    Raises:
-        UserError: The file beside it is missing or damaged.
-    """
-    try:
-        stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return Setting(**stored["setting"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path.with_suffix('.json')} is missing or damaged, which says what {path.name} was made with: keep both "
-            "files together"
-        ) from error
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:12]}…"

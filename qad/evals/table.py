@@ -10,6 +10,7 @@ from rich.table import Table
 
 from qad.evals.compare import Difference
 from qad.evals.failures import CAUSES
+from qad.evals.names import Cell, Names
 
 # What one line of 80 columns holds; then other ways to make one answer of K, if there are any.
 _SHOWN = ("accuracy", "M@K", "V@K", "P@K")
@@ -43,6 +44,24 @@ def short_task(name: str) -> str:
     return name.removeprefix("reasoning_gym:")
 
 
+def _title(row: Mapping[str, Any]) -> str:
+    """Return the name of a row's task, with its label."""
+    return f"{short_task(row['task'])} ({row['label']})" if row.get("label") else short_task(row["task"])
+
+
+def names_of(*tables: Sequence[Mapping[str, Any]]) -> Names:
+    """Return the names in tables of results, of differences and of texts."""
+    rows = [row for rows in tables for row in rows]
+    models = [str(row[key]) for row in rows for key in ("model", "first", "second") if key in row]
+    titles = [_title(row) for row in rows if "task" in row] + [short_task(row["task"]) for row in rows if "task" in row]
+    return Names(models, titles)
+
+
+def _of(names: Names, row: Mapping[str, Any], first: bool = True) -> Cell:
+    """Return the cell that names a row's task and model; an empty one where they are those of the row above."""
+    return names.cell((_title(row), ""), (row["model"], "dim")) if first else names.cell()
+
+
 def share(figure: Mapping[str, float] | None) -> str:
     """Return a share with its interval below, in per cent."""
     if figure is None:
@@ -54,17 +73,17 @@ def _count(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
-def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def print_rows(console: Console, rows: Sequence[Mapping[str, Any]], names: Names) -> None:
     """Print the metrics of models on tasks."""
     if not rows:
         return
-    names = _named(_SHOWN, rows)
-    table = _table("task, model", *_titles(names, rows), "form", "cut", "base", "tok", "s")
+    shown = _named(_SHOWN, rows)
+    table = _table("task, model", *_titles(shown, rows), "form", "cut", "base", "tok", "s")
     for row in rows:
         baseline = row["baseline"]
         table.add_row(
-            _label(row),
-            *(share(row["metrics"].get(name)) for name in names),
+            _of(names, row),
+            *(share(row["metrics"].get(name)) for name in shown),
             f"{100 * row['metrics']['format']['value']:.0f}",
             f"{100 * row['cut_off']['answers']:.0f}",
             _NONE if baseline is None else f"{100 * baseline['value']:.0f}",
@@ -72,14 +91,15 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             _count(row["costs"]["seconds"]["value"]),
         )
     console.print(table)
+    names.tell(console)
     items = sorted({row["items"] for row in rows})
     console.print(
         f"{', '.join(map(str, items))} items each; per cent, below it the 95 % interval (Wilson of shares of items, "
-        f"bootstrap over items of means). {_meanings(names)}; form: in the form asked for; cut: cut off, of which only "
+        f"bootstrap over items of means). {_meanings(shown)}; form: in the form asked for; cut: cut off, of which only "
         "a marked answer counts; base: always the most frequent answer; tok, s: of one answer",
         style="dim",
     )
-    _print_chosen(console, rows)
+    _print_chosen(console, rows, names)
     for row in rows:
         for note in row["notes"]:
             console.print(f"{short_task(row['task'])}, {row['model']}: {note}", style="yellow", markup=False)
@@ -99,29 +119,26 @@ def _meanings(names: Sequence[str]) -> str:
     return "; ".join(f"{name.removesuffix('@K')}: {_MEANINGS[name]}" for name in names)
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    label = f"{short_task(row['task'])}{' (' + row['label'] + ')' if row['label'] else ''}"
-    return f"{escape(label)}\n[dim]{escape(row['model'])}[/]"
-
-
-def _print_chosen(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_chosen(console: Console, rows: Sequence[Mapping[str, Any]], names: Names) -> None:
     """Print what other ways than a plain vote make of K answers, if any were asked for."""
-    names = _named(_CHOSEN, rows)
-    if not set(names) - set(_SHOWN):
+    chosen = _named(_CHOSEN, rows)
+    if not set(chosen) - set(_SHOWN):
         return
-    table = _table("task, model", *_titles(names, rows))
+    table = _table("task, model", *_titles(chosen, rows))
     for row in rows:
-        table.add_row(_label(row), *(share(row["metrics"].get(name)) for name in names))
+        table.add_row(_of(names, row), *(share(row["metrics"].get(name)) for name in chosen))
     console.print(table)
-    console.print(_meanings(names), style="dim")
+    names.tell(console)
+    console.print(_meanings(chosen), style="dim")
 
 
-def print_differences(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
+def print_differences(console: Console, found: Sequence[Mapping[str, Any]], names: Names) -> None:
     """Print paired differences.
 
     Args:
         console: Where to.
         found: Of each pair ``task``, ``first``, ``second`` and the differences.
+        names: Those in all tables.
     """
     for first, second in dict.fromkeys((one["first"], one["second"]) for one in found):
         table = _table("task, metric", "n", "first", "second", "difference", "only", "p", "verdict")
@@ -129,12 +146,13 @@ def print_differences(console: Console, found: Sequence[Mapping[str, Any]]) -> N
         for one in found:
             if (one["first"], one["second"]) != (first, second):
                 continue
-            table.add_row(f"[bold]{escape(short_task(one['task']))}[/]")
+            table.add_row(names.cell((short_task(one["task"]), "bold")))
             for index, difference in enumerate(one["differences"]):
                 margin = difference.margin
                 table.add_row(*_cells(difference), end_section=index == len(one["differences"]) - 1)
         console.print(f"\n[bold]{escape(first)}[/] (first) against [bold]{escape(second)}[/] (second), item by item")
         console.print(table)
+        names.tell(console)
         console.print(
             f"difference in points with its 95 % interval (bootstrap over items); only: right in one of both alone; p: "
             f"McNemar; as good: at most {100 * margin:g} points worse, whatever in the interval is true; open: these "
@@ -166,7 +184,7 @@ def _cells(one: Difference) -> list[str]:
 _HEADINGS = {"format": "form", "mismatch": "mis-\nmatch", "capacity": "capa-\ncity", "undecided": "unde-\ncided"}
 
 
-def print_failures(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def print_failures(console: Console, rows: Sequence[Mapping[str, Any]], names: Names) -> None:
     """Print why wrong items are wrong, task by level."""
     table = _table("task, model", "level", "n", "wrong", *(_HEADINGS[cause] for cause in CAUSES), "P@K", "after")
     shown = False
@@ -178,9 +196,8 @@ def print_failures(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         for index, cell in enumerate(cells):
             level = _NONE if cell["level"] is None else str(cell["level"])
             after = cell["after"]
-            name = f"{escape(short_task(row['task']))}\n[dim]{escape(row['model'])}[/]" if index == 0 else ""
             table.add_row(
-                name,
+                _of(names, row, index == 0),
                 level,
                 str(cell["items"]),
                 str(cell["wrong"]),
@@ -193,6 +210,7 @@ def print_failures(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     console.print("\n[bold]wrong items[/]")
     console.print(table)
+    names.tell(console)
     console.print(
         "format: most answers lack the form; mismatch: the right answer is within reach; capacity: trained on the "
         "level, and P@K is near 0; undecided: train on the level (--trained) and give that result (--after)",
@@ -200,16 +218,15 @@ def print_failures(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def print_calibration(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def print_calibration(console: Console, rows: Sequence[Mapping[str, Any]], names: Names) -> None:
     """Print how true confidences are, before and after a fit on other items."""
     table = _table("task, model", "confidence", "n", "ECE", "Brier", "base", "fit", "n", "before", "after")
     for row in rows:
         for index, (name, found) in enumerate(row["calibration"].items()):
             fit = found["fit"]
             fitted = "reason" not in fit
-            label = f"{escape(short_task(row['task']))}\n[dim]{escape(row['model'])}[/]" if index == 0 else ""
             table.add_row(
-                label,
+                _of(names, row, index == 0),
                 name.replace("_", " "),
                 str(found["answers"]),
                 f"{found['ece']:.3f}",
@@ -224,6 +241,7 @@ def print_calibration(console: Console, rows: Sequence[Mapping[str, Any]]) -> No
         return
     console.print("\n[bold]calibration[/]")
     console.print(table)
+    names.tell(console)
     console.print(
         "n: answers, texts without one left out; base: Brier of a constant confidence; before, after: ECE of the items "
         "that the fit has not seen",
@@ -231,7 +249,7 @@ def print_calibration(console: Console, rows: Sequence[Mapping[str, Any]]) -> No
     )
 
 
-def print_shift(console: Console, shifts: Sequence[Mapping[str, Any]]) -> None:
+def print_shift(console: Console, shifts: Sequence[Mapping[str, Any]], names: Names) -> None:
     """Print what is lost away from what was trained on."""
     if not shifts:
         return
@@ -242,7 +260,7 @@ def print_shift(console: Console, shifts: Sequence[Mapping[str, Any]]) -> None:
         if change is not None:
             told = f"{100 * change['value']:+.1f} ({100 * change['low']:+.0f} to {100 * change['high']:+.0f})"
         table.add_row(
-            escape(one["model"]),
+            names.cell((one["model"], "")),
             one["label"],
             str(one["items"]),
             share(one["accuracy"]),
@@ -252,16 +270,17 @@ def print_shift(console: Console, shifts: Sequence[Mapping[str, Any]]) -> None:
         )
     console.print("\n[bold]away from what was trained on[/]")
     console.print(table)
+    names.tell(console)
 
 
-def print_similarity(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def print_similarity(console: Console, rows: Sequence[Mapping[str, Any]], names: Names) -> None:
     """Print how like their references chains of reasoning are."""
-    table = _table("task, model", "reference", "chains", "ROUGE-L", "steps", "numbers")
+    table = _table("task, model", "reference", "chains", "ROUGE-L", "steps", "numbers", names=2)
     for row in rows:
         for reference, found in row["similarity"].items():
             table.add_row(
-                f"{escape(short_task(row['task']))}\n[dim]{escape(row['model'])}[/]",
-                escape(reference),
+                _of(names, row),
+                names.cell((reference, "")),
                 str(found["chains"]),
                 *(share(found[name]) for name in ("rouge_l", "steps", "numbers")),
             )
@@ -269,9 +288,10 @@ def print_similarity(console: Console, rows: Sequence[Mapping[str, Any]]) -> Non
         return
     console.print("\n[bold]likeness of chains[/]")
     console.print(table)
+    names.tell(console)
 
 
-def print_text(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def print_text(console: Console, rows: Sequence[Mapping[str, Any]], names: Names) -> None:
     """Print perplexity and divergence on a text."""
     if not rows:
         return
@@ -280,7 +300,7 @@ def print_text(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         kl = row["kl"]
         perplexity = row["perplexity"]
         table.add_row(
-            f"{escape(row['text'])}\n[dim]{escape(row['model'])}[/]",
+            names.cell((row["text"], ""), (row["model"], "dim")),
             str(row["tokens"]),
             f"{perplexity['value']:.3f}\n[dim]{perplexity['low']:.2f}-{perplexity['high']:.2f}[/]",
             _NONE if kl is None else f"{kl['value']:.5f}\n[dim]{kl['low']:.4f}-{kl['high']:.4f}[/]",
@@ -288,3 +308,4 @@ def print_text(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         )
     console.print("\n[bold]text[/]")
     console.print(table)
+    names.tell(console)
