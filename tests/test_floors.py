@@ -105,6 +105,10 @@ FLOORS = {
     "qad.report": 7,
     # F8: the command line
     "qad.cli": 8,
+    "qad.cli_eval": 8,
+    "qad.cli_options": 8,
+    "qad.cli_think": 8,
+    "qad.cli_train": 8,
 }
 
 FOLDERS = {
