@@ -147,6 +147,12 @@ DELIBERATING = replace(SETTING, deliberation={"count": 1, "new_tokens": 16, "bud
         (SETTING, {"k": 4}, "k: stored 2, asked for 4", "--k 2"),
         (
             SETTING,
+            {"kv_type": "q8_0"},
+            "the type of the key-value cache: stored f16, asked for q8_0",
+            "--kv-type f16",
+        ),
+        (
+            SETTING,
             {"sampling": {"temperature": 1.0, "seed": 0}},
             "the sampling's temperature: stored 0.6, asked for 1.0",
             "--temperature 0.6",
@@ -198,6 +204,18 @@ def test_other_settings_are_not_mixed_in_and_the_remedy_works(
     path.unlink()
     (tmp_path / "sums.json").unlink()
     SampleFile(path, replace(stored, **changes)).close()
+
+
+def test_settings_of_before_a_cache_could_be_chosen_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "sums.jsonl"
+    fill(path, ITEMS[:1])
+    beside = json.loads((tmp_path / "sums.json").read_text())
+    assert beside["setting"].pop("kv_type") == "f16"
+    (tmp_path / "sums.json").write_text(json.dumps(beside))
+    with pytest.raises(Mismatch, match="--kv-type f16"):
+        SampleFile(path, replace(SETTING, kv_type="q4_0"))
+    SampleFile(path, SETTING).close()
+    assert setting_beside(path) == SETTING
 
 
 def test_a_setting_without_an_answer_binds_nobody(tmp_path: Path) -> None:

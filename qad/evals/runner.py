@@ -66,6 +66,7 @@ class Asking:
             new_tokens=self.new_tokens,
             deliberation=own if self.deliberations else None,
             kind=task.kind,
+            kv_type=model.kv_type,
         )
 
 
@@ -80,6 +81,7 @@ class Model:
     Attributes:
         source, name: As given.
         sha256: Of its file or folder; of a server, of its address.
+        kv_type: Of its key-value cache.
 
     Raises:
         UserError: There is no such file.
@@ -94,6 +96,7 @@ class Model:
         self.sha256 = (
             hashlib.sha256(plain_url(source).encode()).hexdigest() if is_url(source) else digest(Path(source))[0]
         )
+        self.kv_type: str = options.get("kv_type", "f16")
         self._options = options
         self._session: Session | None = None
 

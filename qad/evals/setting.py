@@ -29,6 +29,7 @@ class Setting:
         new_tokens: Most tokens of a trajectory.
         deliberation: How deliberations were made; None while there is none.
         kind: How two answers are compared; it is noted for who reads the samples without the task.
+        kv_type: Type of the key-value cache.
     """
 
     task: str
@@ -40,6 +41,7 @@ class Setting:
     new_tokens: int
     deliberation: dict[str, Any] | None = None
     kind: Kind | None = None
+    kv_type: str = "f16"
 
 
 _WORDS = {
@@ -51,6 +53,7 @@ _WORDS = {
     "sampling": "the sampling's",
     "new_tokens": "the number of new tokens",
     "deliberation": "the deliberation's",
+    "kv_type": "the type of the key-value cache",
 }
 # With what an option asks for a setting, where one does.
 _OPTIONS = {
@@ -61,6 +64,7 @@ _OPTIONS = {
     "sampling top_p": "--top-p",
     "sampling top_k": "--top-k",
     "sampling seed": "--seed",
+    "kv_type": "--kv-type",
     "deliberation count": "--summary-k",
     "deliberation new_tokens": "--new-tokens",
 }
@@ -127,8 +131,10 @@ def _stored(path: Path) -> dict[str, Any] | None:
         stored = json.loads(beside.read_text(encoding="utf-8"))
         if stored["format"] != FORMAT:
             raise UserError(f"{beside} has format {stored['format']!r}, not {FORMAT}: made by another qad")
-        _flat(stored["setting"])
-        return stored["setting"]
+        # Files of before it could be chosen do not tell the type of the cache.
+        setting = {"kv_type": "f16", **stored["setting"]}
+        _flat(setting)
+        return setting
     except FileNotFoundError:
         raise UserError(
             f"{beside} is missing, which says what {path.name} was made with: bring it back, or choose another folder "
