@@ -441,6 +441,17 @@ def test_what_was_answered_is_not_asked_again(run: Path, tmp_path: Path) -> None
     assert ask(run, task, path)[0] == [False] * 6
 
 
+def test_a_deliberation_without_room_is_told_before_anybody_is_asked(run: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": text, "solution": "1", "task": "math"} for text in ("Say 1.", "Say so. " * 150)]
+    (tmp_path / "say.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = load_task(str(tmp_path / "say.jsonl"))
+    asking = replace(ASKING, k=2, new_tokens=4, deliberations=1)
+    with pytest.raises(UserError, match=r"item 1-\w+ of say: no room to deliberate: .* for qad eval --methods vote"):
+        ask(run, task, tmp_path / "samples.jsonl", asking)
+    assert (tmp_path / "samples.jsonl").read_bytes() == b""
+    assert ask(run, task, tmp_path / "samples.jsonl", replace(asking, deliberations=0))[0] == [True, True]
+
+
 @pytest.mark.skipif(llamacpp.available() is not None, reason=str(llamacpp.available()))
 def test_an_evaluation_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(run: Path, tmp_path: Path) -> None:
     # Prompts that begin alike: llama.cpp would compute what differs alone, in kernels that round otherwise.

@@ -372,7 +372,8 @@ def eval_command(
     began = time.time()
     progress = Console(stderr=True)
     evaluation: Evaluation | None = None
-    kept = f"the answers so far are kept in {options.output}: the same command goes on from there"
+    kept = f"the answers so far are kept in {options.output}"
+    again = "the same command goes on from there"
     try:
         with interrupts.remembered():
             evaluation = Evaluation(sources, reference, options, progress)
@@ -382,13 +383,13 @@ def eval_command(
         if evaluation is None:
             told = "nothing was asked yet"
         else:
-            told = kept if evaluation.kept else "no answer was complete yet, so nothing is kept"
+            told = f"{kept}: {again}" if evaluation.kept else "no answer was complete yet, so nothing is kept"
         progress.print(f"interrupted: {told}", markup=False, highlight=False, soft_wrap=True)
         return 130
     except UserError as error:
         # What stands there for other settings, the same command would not go on with.
         if evaluation is not None and evaluation.kept and not isinstance(error, Mismatch):
-            raise UserError(f"{error} ({kept})") from error
+            raise UserError(f"{error} ({kept}; once that is mended {again})") from error
         raise
     return 0
 

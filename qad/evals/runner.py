@@ -20,7 +20,7 @@ from qad.evals.task import Item, Task
 from qad.runtimes import Lost, Sampling, Session, Step, Trajectory, is_url, open_model, plain_url
 from qad.think import ThinkOptions, deliberate
 from qad.think.confidence import lowest_window, mean_logprob
-from qad.think.deliberate import Draft
+from qad.think.deliberate import Draft, check_room
 
 # Why a trajectory ends by itself.
 _WHOLE = ("stop", "length", "context")
@@ -158,6 +158,21 @@ def run_task(
     """
     file.judge_anew(task, lambda item, sample: _judged(task, item, sample))
     results = []
+    for item in task.items:
+        # The longest question before hours are spent on the others.
+        if len(file.samples(item, deliberation=True)) < asking.deliberations:
+            interrupts.check()
+            try:
+                check_room(
+                    model.session,
+                    item.prompt,
+                    asking.k,
+                    new_tokens=asking.new_tokens,
+                    side_by_side=asking.deliberations,
+                    budget=asking.budget,
+                )
+            except UserError as error:
+                raise UserError(f"item {item.id} of {task.name}: {error}") from error
     for item in task.items:
         interrupts.check()
         try:

@@ -80,7 +80,7 @@ def think_command(
                 if reason is not None:
                     console.print(f"[dim]preset {name} ({reason})[/]")
                 if options.method == "auto" and (lacking := lacks_room(session, question, resolved)):
-                    told = f"if the answers cannot be compared, the best of them is shown: {lacking}"
+                    told = f"answers that cannot be compared may not be deliberated on, but the best shown: {lacking}"
                     console.print(Text(f"note: {told}", style="yellow"), soft_wrap=True)
                 printer = _printer(console) if kind == "code" else None
                 with lines(console) as shown:

@@ -46,6 +46,10 @@ class Draft:
     ended: bool = True
 
 
+# What is not known yet may take all that there is.
+_LONG = Draft("", ended=False)
+
+
 def prompt_text(question: str, thinkers: Sequence[str]) -> str:
     """Return the user's message of a deliberation.
 
@@ -97,9 +101,15 @@ def make_prompt(
     assert drafts
     order = np.random.default_rng([seed, len(drafts)]).permutation(len(drafts))
     shuffled = [drafts[place] for place in order]
-    left = room(session, question, len(drafts), new_tokens=new_tokens, side_by_side=side_by_side, budget=budget)
-    allowed = left
-    while True:
+    _check_budget(budget, len(drafts))
+    texts = [_TAGS.sub("", draft.text).strip() for draft in drafts]
+    # What was promised before they were sampled is kept, though it may come out a few tokens short.
+    least = sum(min(len(session.tokenize(text)), LEAST_SHARE // 2) for text in texts)
+    allowed = _USUAL_BUDGET if budget is None else budget
+    if session.context is not None:
+        left = session.context - _frame(session, question, drafts) - side_by_side * new_tokens
+        allowed = left if budget is None else min(left, budget)
+    while allowed >= least:
         texts = prune(session, shuffled, allowed)
         prompt = session.chat_prompt(prompt_text(question, texts))
         # Tokens of parts do not add up exactly to those of the whole.
@@ -107,12 +117,10 @@ def make_prompt(
         if over <= 0:
             return prompt
         allowed -= max(over, 8)
-        # What was promised before they were sampled is kept, though it comes out a few tokens short.
-        if allowed < LEAST_SHARE * len(drafts) // 2:
-            raise _no_room(session, question, len(drafts), new_tokens, side_by_side)
+    raise _no_room(session, question, len(drafts), new_tokens, side_by_side)
 
 
-def room(
+def check_room(
     session: Session,
     question: str,
     count: int,
@@ -120,48 +128,57 @@ def room(
     new_tokens: int,
     side_by_side: int = 1,
     budget: int | None = None,
-) -> int:
-    """Return how many tokens all drafts of a deliberation may have together.
+) -> None:
+    """Raise unless a deliberation over some drafts has room, whatever they will be.
 
     Raises:
-        UserError: Too few.
+        UserError: It may have none; the message says what fits.
     """
+    _check_budget(budget, count)
+    if session.context is None:
+        return
+    left = session.context - _frame(session, question, [_LONG] * count) - side_by_side * new_tokens
+    if left < _least(new_tokens) * count:
+        raise _no_room(session, question, count, new_tokens, side_by_side)
+
+
+def _least(new_tokens: int) -> int:
+    """Return how many tokens of a trajectory there must be room for, if it can have that many."""
+    return min(LEAST_SHARE, new_tokens)
+
+
+def _check_budget(budget: int | None, count: int) -> None:
     if budget is not None and budget < LEAST_SHARE * count:
         raise UserError(
             f"a budget of {budget} tokens leaves {count} trajectories less than {LEAST_SHARE} each: give "
             f"{LEAST_SHARE * count} or more, or leave it out"
         )
-    if session.context is None:
-        return _USUAL_BUDGET if budget is None else budget
-    left = session.context - _frame(session, question, count) - side_by_side * new_tokens
-    if left < LEAST_SHARE * count:
-        raise _no_room(session, question, count, new_tokens, side_by_side)
-    return left if budget is None else min(left, budget)
 
 
 def _no_room(session: Session, question: str, count: int, new_tokens: int, side_by_side: int) -> UserError:
     assert session.context is not None
-    frame = _frame(session, question, count)
-    left = session.context - frame - LEAST_SHARE * count
+    frame = _frame(session, question, [_LONG] * count)
+    left = session.context - frame - _least(new_tokens) * count
     answers = (
         f"{side_by_side} answers of {new_tokens} tokens" if side_by_side > 1 else f"an answer of {new_tokens} tokens"
     )
     fits = [f"--new-tokens {left // side_by_side} fits"] if left >= side_by_side else []
     for fewer in range(count - 1, 0, -1):
-        rest = session.context - _frame(session, question, fewer) - side_by_side * new_tokens
-        if rest >= LEAST_SHARE * fewer:
+        rest = session.context - _frame(session, question, [_LONG] * fewer) - side_by_side * new_tokens
+        if rest >= _least(new_tokens) * fewer:
             fits.append(f"--k {fewer} fits")
             break
     return UserError(
         f"no room to deliberate: the model's context of {session.context} tokens has to hold the question and the "
-        f"instructions ({frame}), {answers}, and at least {LEAST_SHARE} of each of {count} trajectories: "
-        f"{', or '.join(fits) or 'shorten the question'}, or use --method vote"
+        f"instructions ({frame}), {answers}, and at least {_least(new_tokens)} of each of {count} trajectories: "
+        f"{', or '.join(fits) or 'shorten the question'}, or vote (--method vote, for qad eval --methods vote)"
     )
 
 
-def _frame(session: Session, question: str, count: int) -> int:
-    """Return the tokens of a prompt whose thinkers say nothing, and were cut off."""
-    return len(session.chat_prompt(prompt_text(question, [CUT_OFF] * count)))
+def _frame(session: Session, question: str, drafts: Sequence[Draft]) -> int:
+    """Return the tokens of a prompt without what the thinkers wrote, but with what is said of those cut off."""
+    texts = ["" if draft.ended else CUT_OFF for draft in drafts]
+    return len(session.chat_prompt(prompt_text(question, texts)))
 
 
 def prune(session: Session, drafts: Sequence[Draft], budget: int) -> list[str]:

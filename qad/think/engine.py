@@ -22,7 +22,7 @@ from qad.final_answer import Kind, answer_of, groups, strip_thinking
 from qad.runtimes import Sampling, Session, Step, Trajectory, Work
 from qad.think.confidence import Running, weight
 from qad.think.consensus import chance_unchanged, is_decided
-from qad.think.deliberate import Draft, make_prompt, room
+from qad.think.deliberate import Draft, check_room, make_prompt
 from qad.think.options import ThinkOptions
 from qad.think.vote import Vote, vote
 
@@ -218,7 +218,7 @@ def lacks_room(session: Session, question: str, options: ThinkOptions) -> str | 
 
 def _check_room(session: Session, question: str, options: ThinkOptions) -> None:
     for count in {options.k, options.summary_k} if options.iterations > 1 else {options.k}:
-        room(
+        check_room(
             session,
             question,
             count,
