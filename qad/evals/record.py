@@ -1,30 +1,19 @@
 """What `qad eval --json` writes: what was found, and with what."""
 
 import json
-import platform
-import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qad import __version__
 from qad.evals import results
 from qad.evals.task import JUDGING
 from qad.files import replacing_file
-from qad.host import describe
+from qad.provenance import provenance
 
-_LIBRARIES = ("llama-cpp-python", "torch", "transformers", "onnxruntime-genai", "gptqmodel", "reasoning-gym")
-
-
-def _versions() -> dict[str, str]:
-    found = {"qad": __version__, "python": platform.python_version()}
-    for library in (*_LIBRARIES, "math-verify", "scikit-learn", "torchmetrics", "rouge-score"):
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+_LIBRARIES = (
+    *("llama-cpp-python", "torch", "transformers", "onnxruntime-genai", "gptqmodel", "reasoning-gym"),
+    *("math-verify", "scikit-learn", "torchmetrics", "rouge-score"),
+)
 
 
 def write_record(json_file: Path, command: str, began: float, content: Mapping[str, Any]) -> None:
@@ -40,10 +29,7 @@ def write_record(json_file: Path, command: str, began: float, content: Mapping[s
         "format": results.FORMAT,
         "kind": "eval",
         "judging": JUDGING,
-        "command": command,
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-        "machine": describe(),
-        "versions": _versions(),
+        **provenance(command, began, _LIBRARIES),
         **content,
     }
     with replacing_file(json_file) as temporary:
