@@ -19,7 +19,7 @@ from qad.same_answer import Kind, groups, letter, number, plain_text, same
 
 __all__ = ["Kind", "answer_of", "boxed", "extract", "groups", "number", "same", "strip_thinking"]
 
-_OPENING = re.compile(r"<think(?:ing)?>|<\|begin_of_thought\|>")
+OPENING = re.compile(r"<think(?:ing)?>|<\|begin_of_thought\|>")
 _CLOSING = re.compile(r"</think(?:ing)?>|<\|end_of_thought\|>")
 _SOLUTION = re.compile(r"<\|(?:begin|end)_of_solution\|>")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
@@ -57,11 +57,12 @@ _LONGEST_PHRASE = 80
 def strip_thinking(text: str) -> str:
     """Return what stands behind the thoughts of a text, or all of it if it has none.
 
-    The opening tag may be missing, as where a chat template ends with it. Thoughts that do not end run to the end.
+    The opening tag may be missing if the closing one is there, as where a chat template ends with it: for thoughts that
+    have not ended ``qad.think.thoughts`` puts it back. Thoughts that do not end run to the end.
     """
     closed = [found.end() for found in _CLOSING.finditer(text)]
     rest = text[closed[-1] :] if closed else text
-    if opened := _OPENING.search(rest):
+    if opened := OPENING.search(rest):
         rest = rest[: opened.start()]
     return _SOLUTION.sub("", rest).strip()
 
@@ -79,7 +80,7 @@ def extract(text: str, kind: Kind | None, *, marked: bool = False) -> str | None
     body = strip_thinking(text)
     if not body and _CLOSING.search(text):
         # Nothing came after the thoughts.
-        body, marked = _SOLUTION.sub("", _OPENING.sub("", _CLOSING.sub("", text))).strip(), True
+        body, marked = _SOLUTION.sub("", OPENING.sub("", _CLOSING.sub("", text))).strip(), True
     if kind == "code":
         return _code(body, closed=marked)
     found = _marked(body, kind)

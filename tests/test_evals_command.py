@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from qad.evals.metrics import CHOSEN, metrics_of
 from qad.evals.names import shortened
 from qad.evals.plots import reliability_plot
 from qad.runtimes import GREEDY, Trajectory, open_model
+from qad.think import ThinkOptions, think
 from tests.helpers_models import make_artifact, verify_text
 from tests.helpers_server import interrupting
 
@@ -412,6 +414,32 @@ def test_texts_that_were_cut_off_have_no_answer_and_the_evaluation_says_so(
         assert name in out
         assert meaning in said
     assert max(len(line) for line in out.splitlines() if not line.startswith("cut: ")) <= 80
+
+
+def test_thoughts_that_the_chat_template_opens_are_no_answer_until_they_end(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    thinker = tmp_path / "thinker"
+    shutil.copytree(models["student"], thinker)
+    template = thinker / "artifact" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    new = 60
+    with open_model(thinker, threads=1) as session:
+        made = [session.sample(session.chat_prompt(one), 1, GREEDY, new_tokens=new)[0] for one in PROMPTS]
+        # One that ended by itself, as if all that it wrote were its answer.
+        ended = next(index for index, one in enumerate(made) if one.reason == "stop" and one.text.strip())
+        options = ThinkOptions(k=1, method="best", sampling=GREEDY, new_tokens=new)
+        thought = think(session, PROMPTS[ended], options, kind="text")
+    # Nothing that it writes says that it thinks.
+    assert not any("think" in one.text for one in made)
+    task = save_task(tmp_path / "own.jsonl", [one.text.strip() or "nothing" for one in made])
+    common = ("--k", "1", "--new-tokens", str(new), "--threads", "1", "-o", str(tmp_path / "samples"))
+    invoke(str(thinker), "--task", task, *common)
+    rows = [json.loads(line) for line in (tmp_path / "samples" / "thinker" / "own.jsonl").open(encoding="utf-8")]
+    assert [row["text"] for row in rows] == [f"<think>{one.text}" for one in made]
+    assert {(row["answer"], row["correct"]) for row in rows} == {(None, False)}
+    assert thought.trajectories[0].text == f"<think>{made[ended].text}"
+    assert thought.answers == [None]
 
 
 def test_results_of_other_rules_are_not_compared(evaluated: tuple[dict[str, Any], str, Path], tmp_path: Path) -> None:

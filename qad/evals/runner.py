@@ -21,6 +21,7 @@ from qad.runtimes import Lost, Sampling, Session, Step, Trajectory, is_url, open
 from qad.think import ThinkOptions, deliberate
 from qad.think.confidence import lowest_window, mean_logprob
 from qad.think.deliberate import Draft, check_room
+from qad.think.thoughts import opening
 
 # Why a trajectory ends by itself.
 _WHOLE = ("stop", "length", "context")
@@ -214,13 +215,14 @@ def _gaps(have: set[int], k: int) -> list[tuple[int, int]]:
 def _sample(model: Model, task: Task, item: Item, file: SampleFile, asking: Asking, first: int, count: int) -> None:
     """Ask for trajectories ``first``, ``first + 1`` ..., and keep those that were complete, whatever happens."""
     session = model.session
-    judge = _Judge(model, task, item, asking)
+    prompt = session.chat_prompt(item.prompt)
+    judge = _Judge(model, task, item, asking, opening(session, prompt))
     # A prompt of which a part is in the cache is computed in other kernels than a whole one, and rounds otherwise (see
     # the runtimes' ``sample``): each item begins from nothing, so that it gives the same bits wherever a run went on.
     session.forget()
     try:
         made = session.sample(
-            session.chat_prompt(item.prompt),
+            prompt,
             count,
             # Trajectory i draws from the i-th stream, also where those before it were made earlier.
             dataclasses.replace(asking.of(item), first=first),
@@ -266,15 +268,22 @@ def _check(step: Step) -> None:
 
 
 class _Judge:
-    """Makes samples of trajectories."""
+    """Makes samples of trajectories.
 
-    def __init__(self, model: Model, task: Task, item: Item, asking: Asking) -> None:
+    Args:
+        model, task, item, asking: Whose.
+        opening: The tag that stands before their texts, where the prompt opened their thoughts with it.
+    """
+
+    def __init__(self, model: Model, task: Task, item: Item, asking: Asking, opening: str = "") -> None:
         self._model, self._task, self._item, self._window = model, task, item, asking.window
+        self._opening = opening
 
     def sample(self, made: Trajectory, index: int, k: int) -> Sample:
         """Return the judged sample of a trajectory."""
         task, item = self._task, self._item
-        score = task.score(item, made.text, made.reason)
+        text = self._opening + made.text
+        score = task.score(item, text, made.reason)
         # A server may know the log-probabilities of some tokens only.
         known = [one for one in made.logprobs if math.isfinite(one)]
         return Sample(
@@ -283,7 +292,7 @@ class _Judge:
             model=self._model.name,
             k=k,
             index=index,
-            text=made.text,
+            text=text,
             answer=score.answer,
             correct=score.correct,
             format_ok=score.format_ok,

@@ -41,7 +41,7 @@ class Sample:
         id, task, model: Of what and by whom; the model by its name in the table.
         k: How many were made side by side.
         index: Which of them.
-        text: All of it, thoughts included.
+        text: All of it, thoughts included, with the tag that opens them also where the prompt ended with that.
         answer, correct, format_ok, detail: What the task's judge said.
         level: Of the item.
         n_tokens: Of the answer.

@@ -24,6 +24,7 @@ from qad.think.confidence import Running, weight
 from qad.think.consensus import chance_unchanged, is_decided
 from qad.think.deliberate import Draft, check_room, make_prompt
 from qad.think.options import ThinkOptions
+from qad.think.thoughts import opening
 from qad.think.vote import Vote, vote
 
 Printer = Callable[[str], str | None]
@@ -373,6 +374,7 @@ class _Pool:
     ) -> None:
         self._session = session
         self._prompt = prompt
+        self._opening = opening(session, prompt)
         self._options = options
         self._judge = judge
         self._on_event = on_event
@@ -409,7 +411,7 @@ class _Pool:
     def _wave(self, first: int, count: int) -> None:
         options = self._options
         for index in range(first, first + count):
-            self.states[index] = _State(Running(options.measure, options.window, options.new_tokens))
+            self.states[index] = _State(Running(options.measure, options.window, options.new_tokens), self._opening)
         began = time.perf_counter()
         try:
             made = self._session.sample(
@@ -430,6 +432,7 @@ class _Pool:
         else:
             for trajectory in made:
                 trajectory.index += first
+                trajectory.text = self._opening + trajectory.text
         self.works.append(self._session.work)
         self.trajectories += made
         for trajectory in made:
