@@ -250,7 +250,7 @@ def _code(body: str, *, closed: bool) -> str | None:
     program = body.strip("`\n")
     statements = _statements(program)
     # A word and a number are Python too.
-    if not statements or all(isinstance(one, ast.Expr) and _is_word(one.value) for one in statements):
+    if statements is None or all(isinstance(one, ast.Expr) and _is_word(one.value) for one in statements):
         return None
     return program
 
