@@ -21,7 +21,7 @@ from qad.runtimes import Lost, Sampling, Session, Step, Trajectory, is_url, open
 from qad.think import ThinkOptions, deliberate
 from qad.think.confidence import lowest_window, mean_logprob
 from qad.think.deliberate import Draft, check_room
-from qad.think.thoughts import opening
+from qad.think.thoughts import opening, with_opening
 
 # Why a trajectory ends by itself.
 _WHOLE = ("stop", "length", "context")
@@ -282,7 +282,7 @@ class _Judge:
     def sample(self, made: Trajectory, index: int, k: int) -> Sample:
         """Return the judged sample of a trajectory."""
         task, item = self._task, self._item
-        text = self._opening + made.text
+        text = with_opening(self._opening, made.text)
         score = task.score(item, text, made.reason)
         # A server may know the log-probabilities of some tokens only.
         known = [one for one in made.logprobs if math.isfinite(one)]

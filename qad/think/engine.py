@@ -24,7 +24,7 @@ from qad.think.confidence import Running, weight
 from qad.think.consensus import chance_unchanged, is_decided
 from qad.think.deliberate import Draft, check_room, make_prompt
 from qad.think.options import ThinkOptions
-from qad.think.thoughts import opening
+from qad.think.thoughts import opening, with_opening
 from qad.think.vote import Vote, vote
 
 Printer = Callable[[str], str | None]
@@ -411,7 +411,7 @@ class _Pool:
     def _wave(self, first: int, count: int) -> None:
         options = self._options
         for index in range(first, first + count):
-            self.states[index] = _State(Running(options.measure, options.window, options.new_tokens), self._opening)
+            self.states[index] = _State(Running(options.measure, options.window, options.new_tokens))
         began = time.perf_counter()
         try:
             made = self._session.sample(
@@ -432,7 +432,7 @@ class _Pool:
         else:
             for trajectory in made:
                 trajectory.index += first
-                trajectory.text = self._opening + trajectory.text
+                trajectory.text = with_opening(self._opening, trajectory.text)
         self.works.append(self._session.work)
         self.trajectories += made
         for trajectory in made:
@@ -453,7 +453,7 @@ class _Pool:
         interrupts.check()
         index = first + step.index
         state = self.states[index]
-        state.text += step.text
+        state.text += step.text if state.text else with_opening(self._opening, step.text)
         if step.token is not None:
             state.tokens.append(step.token)
             state.logprobs.append(step.logprob)

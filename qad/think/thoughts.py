@@ -28,3 +28,8 @@ def opening(session: Session, prompt_T: Sequence[int]) -> str:
         return ""
     found = _LEFT_OPEN.search(session.detokenize(tail))
     return found[1] if found else ""
+
+
+def with_opening(tag: str, text: str) -> str:
+    """Return a text behind the tag that its prompt left open; nothing if a model wrote nothing."""
+    return tag + text if text else ""
