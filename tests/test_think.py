@@ -431,6 +431,7 @@ def test_too_small_a_context(quick: llamacpp.LlamaSession) -> None:
         lacks_room(quick, "Hi?", dataclasses.replace(options, method="auto", new_tokens=fits + 1))
     )
     assert lacks_room(quick, "Hi?", dataclasses.replace(options, method="auto")) is None
+    assert lacks_room(quick, "Hi? " * 2000, dataclasses.replace(options, method="auto")) is None
     assert lacks_room(quick, "Hi?", dataclasses.replace(options, method="vote", new_tokens=fits + 1)) is None
     with pytest.raises(UserError, match="budget of 30 tokens"):
         think(quick, "Hi?", dataclasses.replace(options, new_tokens=9, budget=30))

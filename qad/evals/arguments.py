@@ -93,6 +93,9 @@ def run(arguments: Arguments) -> int:
     if not arguments.files and not arguments.reference:
         raise UserError("no model is named: give exported files, runs or model folders; with --compare results")
     if arguments.compare:
+        asking = {"--reference": arguments.reference, "--text": arguments.text, "--after": arguments.after}
+        if given := [name for name, value in asking.items() if value] + ["a task"] * any(arguments.tasks.values()):
+            raise UserError(f"--compare asks no model, so {given[0]} means nothing: leave out the one or the other")
         return compare_command(
             [Path(file) for file in arguments.files],
             margin=arguments.margin,
@@ -102,6 +105,8 @@ def run(arguments: Arguments) -> int:
     if arguments.fit not in (None, *get_args(Fit)):
         raise unknown_name("fit", str(arguments.fit), list(get_args(Fit)))
     methods = check_methods([part.strip() for part in arguments.methods.split(",") if part.strip()])
+    if not methods:
+        raise UserError("--methods names none: leave it out for vote")
     model_options: dict[str, Any] = {
         "device": "gpu" if arguments.gpu else "cpu",
         "threads": arguments.threads,

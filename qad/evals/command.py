@@ -369,6 +369,8 @@ def eval_command(
         raise UserError("nothing to evaluate on: give --task, --trained, --near, --far or --text")
     if json_file is not None:
         check_output(json_file, "--json")
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise UserError(f"{plots} is a file: name a folder with --plots")
     began = time.time()
     progress = Console(stderr=True)
     evaluation: Evaluation | None = None

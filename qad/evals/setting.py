@@ -173,8 +173,10 @@ def setting_beside(path: Path) -> Setting:
     """Return what a file of samples was made with.
 
     Raises:
-        UserError: The file beside it is missing or damaged.
+        UserError: It is missing, or the file beside it is missing or damaged.
     """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: check the path")
     try:
         stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return Setting(**stored["setting"])

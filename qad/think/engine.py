@@ -207,8 +207,13 @@ def _deliberation(
 
 
 def lacks_room(session: Session, question: str, options: ThinkOptions) -> str | None:
-    """Return why a deliberation, should one be needed, would have no room; None if it has, or none can be needed."""
+    """Return why a deliberation, should one be needed, would have no room; None if it has, or none can be needed.
+
+    A question that has no room itself is left to the sampling, which refuses it.
+    """
     if options.method not in ("deliberate", "auto"):
+        return None
+    if session.context is not None and len(session.chat_prompt(question)) >= session.context:
         return None
     try:
         _check_room(session, question, options)

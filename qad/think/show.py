@@ -205,7 +205,7 @@ def _sum(thought: Thought, k: int) -> str:
     dropped, lost = (sum(one.reason == reason for one in thought.trajectories) for reason in ("dropped", "lost"))
     said = [f"{thought.method}: {begun - dropped - lost} of {k} trajectories ended"]
     if dropped:
-        said.append(f"{dropped} stopped early")
+        said.append(f"{dropped} {'not ended' if thought.interrupted else 'stopped early'}")
     if lost:
         said.append(f"{lost} lost")
     if begun < k:
