@@ -53,7 +53,7 @@ def test_a_read_beyond_the_end_is_seen(tmp_path: Path, monkeypatch: pytest.Monke
     """Without this nobody would know that the buffers are tight: the extra scale changes no result."""
     compiler = sanitizing_compiler_or_skip(MEMORY, tmp_path)
     sources = shutil.copytree(cpu_compiler.SOURCES, tmp_path / "csrc")
-    kernels = sources / "cpu/fake_quant.h"
+    kernels = sources / "cpu/scales.h"
     right, wrong = "memcpy(padded, given, (size_t)blocks * 4)", "memcpy(padded, given, (size_t)blocks * 4 + 4)"
     assert kernels.read_text().count(right) == 1, "the kernels were rewritten: plant the fault anew"
     kernels.write_text(kernels.read_text().replace(right, wrong))

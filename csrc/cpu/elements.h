@@ -22,6 +22,12 @@ struct WordPair {
     U first, second;
 };
 
+/* The smallest and the largest that an element of a block may become, as the words that its dtype compares: floats, or
+ * two times the same half. The first is negative, the second positive. */
+struct Ends {
+    U low, high;
+};
+
 /* 16 random bits for each element of a pair, as words. */
 QAD_INLINE WordPair random_in_order(const uint16_t *p) { return {widen(p), widen(p + width)}; }
 
@@ -40,63 +46,70 @@ template <int dtype> struct Elements;
 
 template <> struct Elements<QAD_F32> {
     typedef float Stored;
-    typedef Elements Order; /* what finds the order of blocks */
+    typedef uint32_t Key; /* what orders elements as their keys do: qad_element_key, of 16 bits for those of 16 bits */
+    static constexpr Key not_finite = QAD_KEY_NOT_FINITE;
 
     QAD_INLINE Pair load_pair(const float *p) { return {load(p), load(p + width)}; }
-    static constexpr bool streams = can_stream; /* whether a pair can be stored past the caches */
-    QAD_INLINE void store_pair(float *p, Pair pair, bool past) {
-        put_words(p, bits_of(pair.first), past);
-        put_words(p + width, bits_of(pair.second), past);
+    QAD_INLINE void store_vector(float *p, F value, const Ends &ends, bool past) {
+        put_words(p, bits_of(min_of(float_of(ends.high), max_of(float_of(ends.low), value))), past);
     }
+    QAD_INLINE void store_pair(float *p, Pair pair, const Ends &ends, bool past) {
+        store_vector(p, pair.first, ends, past);
+        store_vector(p + width, pair.second, ends, past);
+    }
+    QAD_INLINE U end_from(F value) { return bits_of(value); }
     QAD_INLINE void keep_pair_if(float *p, M first, M second) {
         store(p, keep_if(first, load(p)));
         store(p + width, keep_if(second, load(p + width)));
     }
     QAD_INLINE WordPair random_pair(const uint16_t *p) { return random_in_order(p); }
 
-    /* Words, the largest of which orders blocks as their keys do. */
-    QAD_INLINE U order_of(const float *block, int count) {
-        U key = key_of(load(block));
-        for (int i = width; i < count; i += width) key = max_words(key, key_of(load(block + i)));
-        return key;
-    }
-    /* The keys of blocks of which these are the largest such words. */
-    QAD_INLINE U key_from(U largest) { return largest; }
+    QAD_INLINE U keys_at(const float *p) { return key_of(load(p)); }
+    QAD_INLINE U max_keys(U a, U b) { return max_words(a, b); }
+    QAD_INLINE Key max_key(U a) { return reduce_max(a); }
+    static constexpr int per_reduction = 4; /* vectors whose largest keys are found together */
+    QAD_INLINE void max_key_of_each(Key *p, const U *v) { reduce_max_4(p, v[0], v[1], v[2], v[3]); }
+    QAD_INLINE U widen_keys(const Key *p) { return load_reduced(p); }
 };
 
 /* What bf16 and fp16 share: magnitudes that order like integers of 16 bits. */
-struct HalfOrder {
+template <typename Self> struct HalfElements {
     typedef uint16_t Stored;
+    typedef uint16_t Key;
 
-    QAD_INLINE U order_of(const uint16_t *block, int count) {
-        U key = set_words(0);
-        for (int i = 0; i < count; i += 2 * width)
-            key = max_halves(key, bit_xor(rotate_halves_left_1(load_words(block + i)), set_words(0x00010001u)));
-        /* To the high half, whatever remains in the low one: words are compared by it alone, or by it first. */
-        return max_halves(key, shift_left(key, 16));
+    QAD_INLINE U keys_at(const uint16_t *p) {
+        return bit_xor(rotate_halves_left_1(load_words(p)), set_words(0x00010001u));
     }
-};
-
-template <typename Self> struct HalfElements : HalfOrder {
-    typedef HalfOrder Order;
-
-    QAD_INLINE U key_from(U largest) {
-        const U sign = bit_xor(bit_and(shift_right(largest, 1), set_words(0x8000u)), set_words(0x8000u));
+    QAD_INLINE U max_keys(U a, U b) { return max_halves(a, b); }
+    QAD_INLINE Key max_key(U a) { return (Key)(reduce_max(max_halves(a, shift_left(a, 16))) >> 16); }
+    static constexpr int per_reduction = 8;
+    QAD_INLINE void max_key_of_each(Key *p, const U *v) { reduce_max_halves_8(p, v); }
+    /* As integers without a sign, halves with a minus are the larger ones, the more so the larger their magnitudes; as
+     * integers with a sign, they are all smaller than those without. So each end is one comparison. */
+    QAD_INLINE void store_pair(uint16_t *p, Pair pair, const Ends &ends, bool past) {
+        put_words(p, min_signed_halves(min_halves(Self::pair_of(pair), ends.low), ends.high), past);
+    }
+    QAD_INLINE U end_from(F value) {
         uint16_t halves[width];
-        narrow(halves, bit_or(shift_right(largest, 17), sign));
-        return key_of(Self::load_vector(halves));
+        Self::store_vector(halves, value);
+        const U half = widen(halves);
+        return bit_or(half, shift_left(half, 16));
     }
 };
 
 template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>> {
-    QAD_INLINE F load_vector(const uint16_t *p) { return load_bfloat(p); }
+    static constexpr Key not_finite = 0xff00u;
+    QAD_INLINE U widen_keys(const Key *p) {
+        const U key = load_reduced_halves(p);
+        return bit_or(shift_left(bit_and(key, set_words(0xfffeu)), 16), bit_and(key, set_words(1)));
+    }
     QAD_INLINE Pair load_pair(const uint16_t *p) {
         const U both = load_words(p);
         return {float_of(shift_left(both, 16)), float_of(bit_and(both, set_words(0xffff0000u)))};
     }
-    static constexpr bool streams = can_stream;
-    QAD_INLINE void store_pair(uint16_t *p, Pair pair, bool past) {
-        put_words(p, join_halves(shift_right(round_bfloat(pair.first), 16), round_bfloat(pair.second)), past);
+    QAD_INLINE void store_vector(uint16_t *p, F value) { store_bfloat(p, value); }
+    QAD_INLINE U pair_of(Pair pair) {
+        return join_halves(shift_right(round_bfloat(pair.first), 16), round_bfloat(pair.second));
     }
     QAD_INLINE void keep_pair_if(uint16_t *p, M first, M second) {
         const U both = load_words(p);
@@ -117,15 +130,18 @@ template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>> {
 };
 
 template <> struct Elements<QAD_F16> : HalfElements<Elements<QAD_F16>> {
-    QAD_INLINE F load_vector(const uint16_t *p) { return load_half(p); }
-    QAD_INLINE Pair load_pair(const uint16_t *p) { return {load_half(p), load_half(p + width)}; }
-    static constexpr bool streams = false; /* half a vector at a time, it cannot */
-    QAD_INLINE void store_pair(uint16_t *p, Pair pair, bool) {
-        store_half(p, pair.first);
-        store_half(p + width, pair.second);
+    static constexpr Key not_finite = 0xf800u;
+    QAD_INLINE U widen_keys(const Key *p) {
+        const U key = load_reduced_halves(p), sign = shift_left(bit_xor(bit_and(key, set_words(1)), set_words(1)), 15);
+        uint16_t halves[width];
+        narrow(halves, bit_or(shift_right(key, 1), sign));
+        return key_of(load_half(halves));
     }
+    QAD_INLINE Pair load_pair(const uint16_t *p) { return {load_half(p), load_half(p + width)}; }
+    QAD_INLINE void store_vector(uint16_t *p, F value) { store_half(p, value); }
+    QAD_INLINE U pair_of(Pair pair) { return halves_of(pair.first, pair.second); }
     QAD_INLINE void keep_pair_if(uint16_t *p, M first, M second) {
-        store_pair(p, {keep_if(first, load_half(p)), keep_if(second, load_half(p + width))}, false);
+        store_words(p, halves_of(keep_if(first, load_half(p)), keep_if(second, load_half(p + width))));
     }
     QAD_INLINE WordPair random_pair(const uint16_t *p) { return random_in_order(p); }
 

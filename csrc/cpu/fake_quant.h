@@ -1,10 +1,11 @@
 /* Fake quantization, quantization and dequantization of a range of blocks, a batch of elements at a time.
  *
- * A batch runs in stages over memory that is in the first-level cache by then: keys of the blocks (their largest
- * element), scales of all blocks at once, random bits, codes. The scales of the next batch are found before the codes
- * of this one, so that the latency of their divisions has something to hide behind. Rounding adds and subtracts
- * 1.5 x 2^23, which rounds half to even on every instruction set, after clamping, which commutes with it because the
- * ends of the range are integers; it also turns -0 into the one zero that a code has.
+ * A batch runs in stages over memory that is in the first-level cache by then: scales of all its blocks (scales.h),
+ * then codes, a chunk of 32 elements at a time. The scales of the next batch are found before the codes of this one, so
+ * that the latency of their divisions has something to hide behind. Chunks with noise and without are told apart before,
+ * and each kind is treated in one go; those with noise in groups, each after its random numbers, so that the memory can
+ * work for one group while the arithmetic works on another. Rounding adds and subtracts 1.5 x 2^23, which rounds half
+ * to even on every instruction set; it also turns -0 into the one zero that a code has.
  *
  * Weights and outputs of one dtype are worked on as they are; of two, they are staged as fp32.
  */
@@ -14,146 +15,38 @@
 #include "../numerics.h"
 #include "elements.h"
 #include "kernels.h"
+#include "look_up.h"
 #include "random.h"
+#include "scales.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int chunk = 32; /* elements per step of the inner loops: every block is some of them */
 constexpr int pair = 2 * width;
-constexpr int most_blocks = QAD_BATCH / 32;
-constexpr uint32_t quiet_nan = 0x7fc00000u;
 
-/* Memory that will be wanted, asked for a chunk at a time while a batch is computed: stages that only compute would
- * else leave the memory idle. Asking for what lies beyond the end is harmless. */
-struct Ahead {
-    const char *in, *out;
-    int in_bytes, out_bytes; /* of a chunk: 64 or 128, or 0 */
+/* The weights of the batch after the next, whose scales are being found by then. */
+template <int dtype> QAD_INLINE const char *weights_ahead(const qad_fake_quantize_job &job, int64_t first) {
+    return (const char *)job.weights + size_of(job.weights_dtype) * (first + 2 * batch_of<dtype>());
+}
 
-    void ask() {
-        __builtin_prefetch(in, 0, 3);
-        if (in_bytes > 64) __builtin_prefetch(in + 64, 0, 3);
-        in += in_bytes;
-        if (!out_bytes) return;
-        __builtin_prefetch(out, 1, 2);
-        if (out_bytes > 64) __builtin_prefetch(out + 64, 1, 2);
-        out += out_bytes;
-    }
+/* What the next batch writes. This is asked for only where it comes from memory: out of a cache, that gets in the way
+ * (of a copy's rate, fp32 forward: 0.97 without and 0.93 with it at 1536 x 576). */
+template <int dtype> QAD_INLINE const char *out_ahead(const qad_fake_quantize_job &job, int64_t first) {
+    return job.streams ? (const char *)job.out + size_of(job.out_dtype) * (first + batch_of<dtype>()) : nullptr;
+}
+
+constexpr int most_chunks = QAD_BATCH / chunk;
+
+struct Chunk {
+    uint16_t first, block; /* its first element and its block */
 };
 
-/* The weights of the batch after the next, whose scales are being found by then, and what the next one writes. Lines to
- * be written are asked for only where they come from memory: out of a cache, that gets in the way (of a copy's rate,
- * fp32 forward: 0.97 without and 0.93 with it at 1536 x 576). */
-QAD_INLINE Ahead ahead(const qad_fake_quantize_job *job, int64_t first, bool ask_for_out) {
-    const int in = size_of(job->weights_dtype), out = size_of(job->out_dtype);
-    return {(const char *)job->weights + in * (first + 2 * QAD_BATCH),
-            (const char *)job->out + out * (first + QAD_BATCH), in * chunk, ask_for_out ? out * chunk : 0};
-}
-
-template <typename Order, int block>
-QAD_INLINE void find_orders_of(const typename Order::Stored *values, int blocks, uint32_t *orders) {
-    int b = 0;
-    for (; b + 4 <= blocks; b += 4, values += 4 * block)
-        reduce_max_4(orders + b, Order::order_of(values, block), Order::order_of(values + block, block),
-                     Order::order_of(values + 2 * block, block), Order::order_of(values + 3 * block, block));
-    for (; b < blocks; ++b, values += block) orders[b] = reduce_max(Order::order_of(values, block));
-}
-
-template <typename Order>
-QAD_CALLED void find_orders(const typename Order::Stored *values, int blocks, int block, uint32_t *orders) {
-    if (block == 32)
-        find_orders_of<Order, 32>(values, blocks, orders);
-    else if (block == 64)
-        find_orders_of<Order, 64>(values, blocks, orders);
-    else
-        find_orders_of<Order, 128>(values, blocks, orders);
-}
-
-/* The key of each block, padded with zeros to whole vectors. */
-template <int dtype>
-QAD_INLINE void find_keys(const typename Elements<dtype>::Stored *values, int blocks, int block, uint32_t *keys) {
-    find_orders<typename Elements<dtype>::Order>(values, blocks, block, keys);
-    for (int b = blocks; b % width; ++b) keys[b] = 0;
-    if (dtype != QAD_F32)
-        for (int b = 0; b < blocks; b += width) store_words(keys + b, Elements<dtype>::key_from(load_words(keys + b)));
-}
-
-template <int dtype> QAD_INLINE bool all_finite(const typename Elements<dtype>::Stored *values, int count) {
-    const U largest = set_words(reduce_max(Elements<dtype>::order_of(values, count)));
-    return reduce_max(Elements<dtype>::key_from(largest)) < QAD_KEY_NOT_FINITE;
-}
-
-/* The scales of a batch, and which of its blocks are damaged. Arrays are padded to whole vectors. */
-struct Scales {
-    float scale[most_blocks + width], inverse[most_blocks + width];
-    bool damaged[most_blocks];
-    int damaged_count;
-    bool in_range; /* absmax scales, none of them cut off: no element lies far beyond the last codes */
+/* Chunks of a batch that are treated alike, whole blocks of them. Filled a vector at a time. */
+struct Chunks {
+    int count;
+    Chunk list[most_chunks + width];
+    uint32_t calls[most_chunks + width]; /* of the generator, from the batch's first */
 };
-
-QAD_INLINE F round_scales(F value, const qad_grid &grid) {
-    const int drop = 24 - grid.scale_bits;
-    const U bits = bit_and(bits_of(value), set_words(0x7fffffffu));
-    const U odd = bit_and(shift_right(bits, drop), set_words(1));
-    const U carried = add_words(bits, add_words(odd, set_words((1u << (drop - 1)) - 1u)));
-    F magnitude = float_of(shift_left(shift_right(carried, drop), drop));
-    magnitude = min_of(set(grid.scale_ceiling), max_of(set(grid.scale_floor), magnitude));
-    if (grid.signed_scale) {
-        const F sign = keep_if(less(value, set(0.0f)), float_of(set_words(0x80000000u)));
-        magnitude = float_of(bit_or(bits_of(magnitude), bits_of(sign)));
-    }
-    return choose(less_equal(value, value), magnitude, float_of(set_words(quiet_nan)));
-}
-
-/* From the scales that are given or, if they are null, from the blocks' keys, which may be null if all is finite. */
-QAD_CALLED void find_scales(const uint32_t *keys, const float *given, int blocks, const qad_grid &grid, Scales &out) {
-    float padded[most_blocks + width];
-    if (given) {
-        memcpy(padded, given, (size_t)blocks * 4);
-        for (int b = blocks; b % width; ++b) padded[b] = 1.0f;
-    }
-    const F end = set((float)(grid.signed_scale ? grid.code_min : grid.code_max)), zero = set(0.0f);
-    U any_bad = set_words(0), largest = set_words(0);
-    for (int b = 0; b < blocks; b += width) {
-        F scale;
-        if (given) {
-            scale = round_scales(load(padded + b), grid);
-        } else {
-            const U key = load_words(keys + b);
-            const U sign = shift_left(bit_xor(key, set_words(1)), 31);
-            U bits = shift_right(key, 1);
-            if (grid.signed_scale) bits = bit_or(bits, sign);
-            const F extreme = float_of(bits);
-            scale = round_scales(div(extreme, end), grid);
-            /* An infinity minus itself is a NaN. */
-            scale = choose(less_equal(sub(extreme, extreme), zero), scale, float_of(set_words(quiet_nan)));
-        }
-        any_bad = bit_or(any_bad, bits_of(choose(less_equal(scale, scale), zero, set(1.0f))));
-        largest = max_words(largest, bit_and(bits_of(scale), set_words(0x7fffffffu)));
-        store(out.scale + b, scale);
-        store(out.inverse + b, div(set(1.0f), scale));
-    }
-    const float ceiling = grid.scale_ceiling;
-    uint32_t ceiling_bits;
-    memcpy(&ceiling_bits, &ceiling, 4);
-    out.in_range = !given && reduce_max(largest) < ceiling_bits;
-    out.damaged_count = 0;
-    const bool look = given && keys;
-    if (!look && reduce_max(any_bad) == 0) return;
-    for (int b = 0; b < blocks; ++b) {
-        out.damaged[b] = !(out.scale[b] <= 3.0e38f) || (look && keys[b] >= QAD_KEY_NOT_FINITE);
-        out.damaged_count += out.damaged[b];
-    }
-}
-
-template <int dtype>
-QAD_CALLED void find_scales_of(const typename Elements<dtype>::Stored *values, const float *given, int blocks,
-                               const qad_grid &grid, Scales &out) {
-    uint32_t keys[most_blocks + width];
-    const bool look = !given || !all_finite<dtype>(values, blocks * grid.block);
-    if (look) find_keys<dtype>(values, blocks, grid.block, keys);
-    find_scales(look ? keys : nullptr, given, blocks, grid, out);
-}
 
 /* Some blocks on their way through the stages. */
 struct Batch {
@@ -161,111 +54,100 @@ struct Batch {
     int blocks, count;      /* of blocks and of elements */
     const void *weights;    /* of the dtype that is worked on */
     Scales scales;
+    Chunks hard, soft; /* without noise and with it, where there are both */
     alignas(64) float staged[QAD_BATCH];
 };
 
-constexpr float rounding_magic = 0x1.8p23f;
-
-/* The noise of a batch: 16 random bits for each element and, where some blocks are rounded hard, what makes the
- * difference: their noise is a product with 0, and other blocks are rounded by adding and subtracting 0. */
-struct Draws {
-    uint16_t element[QAD_BATCH];
-    float amplitude[most_blocks + width], offset[most_blocks + width], magic[most_blocks + width];
-};
-
-struct Treatment {
-    F amplitude, offset, magic;
-};
-
-QAD_INLINE float offset_of(int mode) { return mode == QAD_NOISE_UNIFORM ? 0x1p-17f - 0.5f : 0x1p-17f; }
-
-template <int mode, bool mixed> QAD_INLINE Treatment treatment_of(const Draws &draws, int block) {
-    if (mixed) return {set(draws.amplitude[block]), set(draws.offset[block]), set(draws.magic[block])};
-    return {set(0x1p-16f), set(offset_of(mode)), set(rounding_magic)};
-}
-
-QAD_INLINE F round_code(F clamped, F magic) { return sub(add(clamped, magic), magic); }
-
-/* The (fractional, unless hard) code of a scaled weight. A sum with noise is never -0: the noise is never zero, and
- * what cancels gives +0. */
-template <int mode, bool mixed>
-QAD_INLINE F code_of(F scaled, U random, const Treatment &treatment, F low, F high) {
-    F moved = scaled;
-    if (mode == QAD_NOISE_UNIFORM || mode == QAD_NOISE_STOCHASTIC) /* the product is exact */
-        moved = add(scaled, fused_add(convert(random), treatment.amplitude, treatment.offset));
-    moved = min_of(high, max_of(low, moved));
-    if (mode == QAD_NOISE_STOCHASTIC) {
-        const F down = floor_of(moved);
-        return mixed ? choose(less(set(0.0f), treatment.magic), round_code(moved, treatment.magic), down) : down;
-    }
-    if (mode == QAD_NOISE_NONE || mixed) return round_code(moved, treatment.magic);
-    return mode == QAD_NOISE_PARTIAL ? add(moved, set(0.0f)) : moved;
-}
-
 QAD_INLINE int chunks_per_block_log2(const qad_grid &grid) { return grid.block == 32 ? 0 : grid.block == 64 ? 1 : 2; }
 
-template <int dtype, int mode, bool mixed>
-void forward_batch(const Batch &batch, void *to, bool past, const qad_grid &grid, const Draws &draws, Ahead next) {
+constexpr float rounding_magic = 0x1.8p23f;
+
+constexpr bool draws_elements(int mode) { return mode == QAD_NOISE_UNIFORM || mode == QAD_NOISE_STOCHASTIC; }
+
+template <int dtype, int mode> QAD_INLINE WordPair random_pair_for(const uint16_t *p) {
+    return draws_elements(mode) ? Elements<dtype>::random_pair(p) : WordPair{set_words(0), set_words(0)};
+}
+
+/* A scaled weight moved by its noise. The product is exact. A sum with noise is never -0: the noise is never zero, and
+ * what cancels gives +0. */
+template <int mode> QAD_INLINE F move(F scaled, U random) {
+    const float offset = mode == QAD_NOISE_UNIFORM ? 0x1p-17f - 0.5f : 0x1p-17f;
+    return add(scaled, fused_add(convert(random), set(0x1p-16f), set(offset)));
+}
+
+/* The (fractional, unless hard) code of a scaled weight, not yet clamped to the ends of the range: that commutes with
+ * rounding, because the ends are integers, and with a product, which only turns round what is in order. */
+template <int mode> QAD_INLINE F code_of(F scaled, U random) {
+    if (mode == QAD_NOISE_UNIFORM) return move<mode>(scaled, random);
+    if (mode == QAD_NOISE_STOCHASTIC) return floor_of(move<mode>(scaled, random));
+    if (mode == QAD_NOISE_PARTIAL) return add(scaled, set(0.0f));
+    return sub(add(scaled, set(rounding_magic)), set(rounding_magic));
+}
+
+QAD_INLINE F clamp(F code, F low, F high) { return min_of(high, max_of(low, code)); }
+
+/* Chunks of a batch and what is to become of them. */
+struct Step {
+    const Batch &batch;
+    const Chunk *list;
+    int chunks;
+    const uint16_t *random; /* one after another, without those of other chunks between them */
+    void *to;               /* the whole batch */
+    bool past;
+    const char *weights_ahead, *out_ahead;
+};
+
+template <int dtype, int mode> void forward_chunks(const Step &step) {
     typedef Elements<dtype> E;
-    const F low = set((float)grid.code_min), high = set((float)grid.code_max);
-    const typename E::Stored *values = (const typename E::Stored *)batch.weights;
-    typename E::Stored *out = (typename E::Stored *)to;
-    const int more = chunks_per_block_log2(grid), chunks = batch.count / chunk;
-    for (int c = 0; c < chunks; ++c) {
-        const int b = c >> more;
-        const F scale = set(batch.scales.scale[b]), inverse = set(batch.scales.inverse[b]);
-        const Treatment treatment = treatment_of<mode, mixed>(draws, b);
-        next.ask();
+    const typename E::Stored *values = (const typename E::Stored *)step.batch.weights;
+    typename E::Stored *out = (typename E::Stored *)step.to;
+    const Scales &scales = step.batch.scales;
+    const uint16_t *random = step.random;
+    const char *next = step.weights_ahead;
+    const bool past = step.past;
+    for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
+        const int first = c->first, b = c->block;
+        const F scale = set(scales.scale[b]), inverse = set(scales.inverse[b]);
+        const Ends ends = {set_words(scales.low[b]), set_words(scales.high[b])};
+        ask<typename E::Stored>(next, first, false);
 #pragma GCC unroll 4
-        for (int i = c * chunk; i < (c + 1) * chunk; i += pair) {
-            const Pair scaled = E::load_pair(values + i).times(inverse);
-            const WordPair random = E::random_pair(draws.element + i);
-            const Pair codes = {code_of<mode, mixed>(scaled.first, random.first, treatment, low, high),
-                                code_of<mode, mixed>(scaled.second, random.second, treatment, low, high)};
-            E::store_pair(out + i, codes.times(scale), past);
+        for (int i = 0; i < chunk; i += pair) {
+            const Pair scaled = E::load_pair(values + first + i).times(inverse);
+            const WordPair bits = random_pair_for<dtype, mode>(random + i);
+            const Pair codes = {code_of<mode>(scaled.first, bits.first), code_of<mode>(scaled.second, bits.second)};
+            E::store_pair(out + first + i, codes.times(scale), ends, past);
         }
+        if (draws_elements(mode)) random += chunk;
     }
 }
 
 #ifdef QAD_HAS_LOOK_UP
-/* Hard rounding of 16-bit weights to codes of 4 bits. A rounding sum ends in the code, and that looks up what is
- * stored: the products of a block's scale and the sixteen codes are rounded to 16 bits, not those of its elements. */
-template <int dtype> struct LookUp {
+/* A sum that ends in the code. */
+template <int mode> QAD_INLINE F rounding_sum(F scaled, U random) {
+    if (mode == QAD_NOISE_STOCHASTIC) return add_down(move<mode>(scaled, random), set(rounding_magic));
+    return add(scaled, set(rounding_magic));
+}
+
+template <int dtype, int mode> QAD_CALLED void look_up_chunks(const Step &step, const LookUp<dtype> &look_up) {
     typedef Elements<dtype> E;
-
-    float codes[width];
-    uint16_t halves[2 * width]; /* which half of the products a rounding sum means by its lowest 5 bits, clamped */
-    uint16_t order[2 * width];  /* of a pair's halves in memory */
-
-    static bool serves(const qad_grid &grid) { return grid.code_min >= -8 && grid.code_max <= 7; }
-
-    explicit LookUp(const qad_grid &grid) {
-        for (int i = 0; i < width; ++i) codes[i] = (float)(grid.code_min + i);
-        for (int i = 0; i < 2 * width; ++i) {
-            const int code = i < width ? i : i - 2 * width;
-            const int clamped = code < grid.code_min ? grid.code_min : code > grid.code_max ? grid.code_max : code;
-            halves[i] = (uint16_t)E::half_of(clamped - grid.code_min);
-            order[E::place_of(i)] = (uint16_t)i;
-        }
+    const typename E::Stored *values = (const typename E::Stored *)step.batch.weights;
+    typename E::Stored *out = (typename E::Stored *)step.to;
+    const Scales &scales = step.batch.scales;
+    const uint16_t *random = step.random;
+    const char *next = step.weights_ahead;
+    const bool past = step.past;
+    const LookUp<dtype> tables = look_up;
+    for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
+        const int first = c->first, b = c->block;
+        const typename LookUp<dtype>::Table table = tables.table_of(set(scales.scale[b]));
+        ask<typename E::Stored>(next, first, false);
+        const Pair scaled = E::load_pair(values + first).times(set(scales.inverse[b]));
+        const WordPair bits = random_pair_for<dtype, mode>(random);
+        tables.store_pair(out + first, table, rounding_sum<mode>(scaled.first, bits.first),
+                          rounding_sum<mode>(scaled.second, bits.second), past);
+        if (draws_elements(mode)) random += chunk;
     }
-
-    void forward_batch(const Batch &batch, void *to, bool past, const qad_grid &grid, Ahead next) const {
-        const F code = load(codes), magic = set(rounding_magic);
-        const U half = load_words(halves), in_order = load_words(order);
-        const uint16_t *values = (const uint16_t *)batch.weights;
-        uint16_t *out = (uint16_t *)to;
-        const int more = chunks_per_block_log2(grid), chunks = batch.count / chunk;
-        for (int c = 0; c < chunks; ++c) {
-            const F scale = set(batch.scales.scale[c >> more]), inverse = set(batch.scales.inverse[c >> more]);
-            next.ask();
-            const U table = look_up_halves(E::stored(mul(code, scale)), half);
-            const Pair scaled = E::load_pair(values + c * chunk).times(inverse);
-            const U first = bits_of(add(scaled.first, magic)), second = bits_of(add(scaled.second, magic));
-            const U stored = look_up_halves(table, join_halves(first, shift_left(second, 16)));
-            put_words(out + c * chunk, dtype == QAD_BF16 ? stored : look_up_halves(stored, in_order), past);
-        }
-    }
-};
+}
 #endif
 
 /* Whether a gradient passes: the weight is at most half a step beyond the last code. */
@@ -276,7 +158,8 @@ struct Inside {
     M operator()(F scaled) const { return both(less_equal(first, scaled), less_equal(scaled, last)); }
 };
 
-template <int dtype> void mask_batch(const Batch &batch, void *to, const qad_grid &grid, Ahead next) {
+template <int dtype>
+void mask_batch(const Batch &batch, void *to, const qad_grid &grid, const char *weights_ahead, const char *out_ahead) {
     typedef Elements<dtype> E;
     const Inside inside(grid);
     const typename E::Stored *values = (const typename E::Stored *)batch.weights;
@@ -284,7 +167,8 @@ template <int dtype> void mask_batch(const Batch &batch, void *to, const qad_gri
     const int more = chunks_per_block_log2(grid), chunks = batch.count / chunk;
     for (int c = 0; c < chunks; ++c) {
         const F inverse = set(batch.scales.inverse[c >> more]);
-        next.ask();
+        ask<typename E::Stored>(weights_ahead, c * chunk, false);
+        if (out_ahead) ask<typename E::Stored>(out_ahead, c * chunk, true);
 #pragma GCC unroll 4
         for (int i = c * chunk; i < (c + 1) * chunk; i += pair) {
             const Pair scaled = E::load_pair(values + i).times(inverse);
@@ -293,30 +177,33 @@ template <int dtype> void mask_batch(const Batch &batch, void *to, const qad_gri
     }
 }
 
-template <int mode>
-void learn_batch(const Batch &batch, float *grad, float *grad_scales, const qad_grid &grid, const Draws &draws,
-                 Ahead next) {
+template <int mode> void learn_chunks(const Step &step, const qad_grid &grid, float *grad_scales) {
     const F low = set((float)grid.code_min), high = set((float)grid.code_max);
-    constexpr bool mixed = mode != QAD_NOISE_NONE;
     const Inside inside(grid);
-    const float *values = (const float *)batch.weights;
-    const uint16_t *random = draws.element;
-    for (int b = 0; b < batch.blocks; ++b) {
-        const F inverse = set(batch.scales.inverse[b]);
-        const Treatment treatment = treatment_of<mode, mixed>(draws, b);
+    const uint16_t *random = step.random;
+    const int per_block = grid.block / chunk;
+    for (int k = 0; k < step.chunks; k += per_block) {
+        const int first = step.list[k].first, b = step.list[k].block;
+        const F inverse = set(step.batch.scales.inverse[b]);
+        const float *values = (const float *)step.batch.weights + first;
+        float *grad = (float *)step.to + first;
         F products[128 / width];
-        int count = grid.block / width;
+        int count = per_block * (chunk / width);
         for (int i = 0; i < count; ++i) {
             const F scaled = mul(load(values), inverse), slope = load(grad);
             const M passes = inside(scaled);
-            const F code = code_of<mode, mixed>(scaled, widen(random), treatment, low, high);
+            const U bits = draws_elements(mode) ? widen(random) : set_words(0);
+            const F code = clamp(code_of<mode>(scaled, bits), low, high);
             products[i] = mul(sub(code, keep_if(passes, scaled)), slope);
             store(grad, keep_if(passes, slope));
             values += width;
             grad += width;
-            random += width;
+            if (draws_elements(mode)) random += width;
         }
-        for (int i = 0; i < grid.block; i += chunk) next.ask();
+        for (int i = 0; i < grid.block; i += chunk) {
+            ask<float>(step.weights_ahead, first + i, false);
+            if (step.out_ahead) ask<float>(step.out_ahead, first + i, true);
+        }
         for (; count > 1; count /= 2)
             for (int i = 0; i < count / 2; ++i) products[i] = add(products[i], products[i + count / 2]);
         grad_scales[b] = fold(products[0]);
@@ -326,25 +213,14 @@ void learn_batch(const Batch &batch, float *grad, float *grad_scales, const qad_
 /* How the noise of a job works out. */
 struct Mode {
     int mode;
-    bool mixed; /* blocks differ, or are treated as if they did: each variant costs the first build time */
-    Mode(const qad_noise &noise, bool always_mixed) : mode(noise.mode), mixed(false) {
-        if (noise.hard_share >= 1.0f) mode = QAD_NOISE_NONE;
-        if (mode != QAD_NOISE_NONE) mixed = always_mixed || mode == QAD_NOISE_PARTIAL || noise.hard_share > 0.0f;
-    }
-    bool draws_elements() const { return mode == QAD_NOISE_UNIFORM || mode == QAD_NOISE_STOCHASTIC; }
-};
+    uint16_t hard_below; /* a block is hard if its 16 bits are fewer, (bits + 1/2) / 65536 < hard_share */
 
-QAD_CALLED void fill_blocks(Draws &draws, int64_t first, int blocks, const Random &random, int mode, float hard_share) {
-    uint16_t bits[most_blocks + random_step(1)];
-    fill_random<1>(bits, first, blocks, random);
-    const F zero = set(0.0f), amplitude = set(0x1p-16f), offset = set(offset_of(mode)), magic = set(rounding_magic);
-    for (int b = 0; b < blocks; b += width) {
-        const M hard = less(uniform_from(widen(bits + b), 0.0f), set(hard_share));
-        store(draws.amplitude + b, choose(hard, zero, amplitude));
-        store(draws.offset + b, choose(hard, zero, offset));
-        store(draws.magic + b, keep_if(hard, magic));
+    explicit Mode(const qad_noise &noise) : mode(noise.mode), hard_below(0) {
+        const double exact = (double)noise.hard_share * 65536 - 0.5;
+        if (exact > 65535) mode = QAD_NOISE_NONE;
+        if (exact > 0 && mode != QAD_NOISE_NONE) hard_below = (uint16_t)((int)exact + ((int)exact < exact));
     }
-}
+};
 
 /* Overwrite the damaged blocks of a batch. */
 template <int dtype> void fill_damaged(void *to, const Batch &batch, int block, bool with_nan) {
@@ -361,6 +237,13 @@ template <int dtype> void fill_damaged(void *to, const Batch &batch, int block, 
     }
 }
 
+/* Blocks for which random numbers are drawn at a time. */
+constexpr int most_drawn = 256;
+
+/* Chunks for which random numbers are drawn at a time; of fp32 fewer, because the lines that are written are asked for
+ * at the same time, and only so many can be on their way. */
+template <int dtype> constexpr int group_of() { return dtype == QAD_F32 ? 8 : 16; }
+
 /* A job, and what it takes to walk over its batches. */
 template <int dtype> struct Walk {
     typedef typename Elements<dtype>::Stored Stored;
@@ -369,17 +252,49 @@ template <int dtype> struct Walk {
     const Mode mode;
     const Random elements, hardness;
     const int per_batch;
-    Batch batches[2]; /* this one and the next */
-    Draws draws;
+    bool asks_early = false; /* for what a batch writes, while the next one's keys are found */
+    Batch batches[2];        /* this one and the next */
+    Chunks all;              /* of a batch that need not be parted */
+    uint16_t hardness_bits[most_drawn];
 
-    explicit Walk(const qad_fake_quantize_job &of, bool always_mixed = false)
-        : job(of), mode(of.noise, always_mixed),
+    explicit Walk(const qad_fake_quantize_job &of)
+        : job(of), mode(of.noise),
           elements(of.noise.seed_low, of.noise.seed_high, of.noise.tensor, of.noise.step, QAD_STREAM_ELEMENT),
           hardness(of.noise.seed_low, of.noise.seed_high, of.noise.tensor, of.noise.step, QAD_STREAM_BLOCK),
-          per_batch(QAD_BATCH / of.grid.block) {}
+          per_batch(batch_of<dtype>() / of.grid.block) {
+        for (int c = 0; c < most_chunks; ++c) {
+            all.list[c] = {(uint16_t)(c * chunk), (uint16_t)(c >> chunks_per_block_log2(of.grid))};
+            all.calls[c] = (uint32_t)c * calls_per_chunk;
+        }
+    }
+
+    /* Part the chunks of a batch into those with noise and those without. */
+    QAD_CALLED_MEMBER void choose(Batch &batch, int64_t begin) {
+        const int drawn = (int)((batch.block - begin) % most_drawn), more = chunks_per_block_log2(job.grid);
+        if (drawn == 0) fill_random(hardness_bits, (uint64_t)batch.block / 8, all.calls, most_drawn / chunk, hardness);
+        const uint16_t *bits = hardness_bits + drawn;
+        uint16_t spread[most_chunks];
+        const int chunks = batch.count / chunk;
+        if (more) {
+            for (int c = 0; c < chunks; ++c) spread[c] = bits[c >> more];
+            bits = spread;
+        }
+        int hard = 0, soft = 0;
+        for (int c = 0; c < chunks; c += width) {
+            const uint32_t present = chunks - c < width ? (1u << (chunks - c)) - 1 : (1u << width) - 1;
+            const uint32_t below = halves_below(bits + c, mode.hard_below) & present;
+            pack_words(batch.hard.list + hard, all.list + c, below);
+            pack_words(batch.soft.list + soft, all.list + c, present & ~below);
+            pack_words(batch.soft.calls + soft, all.calls + c, present & ~below);
+            hard += __builtin_popcount(below);
+            soft += __builtin_popcount(present & ~below);
+        }
+        batch.hard.count = hard;
+        batch.soft.count = soft;
+    }
 
     /* Find the scales of the batch that begins with a block. */
-    __attribute__((noinline)) void prepare(Batch &batch, int64_t block, int64_t end) const {
+    QAD_CALLED_MEMBER void prepare(Batch &batch, int64_t block, int64_t begin, int64_t end) {
         batch.block = block;
         batch.element = block * job.grid.block;
         batch.blocks = (int)(end - block < per_batch ? end - block : per_batch);
@@ -387,23 +302,45 @@ template <int dtype> struct Walk {
         batch.weights = dtype == QAD_F32
                             ? load_elements(job.weights, job.weights_dtype, batch.element, batch.count, batch.staged)
                             : (const void *)((const Stored *)job.weights + batch.element);
+        const char *now = asks_early && block > begin
+                              ? (const char *)job.out + (batch.element - batch_of<dtype>()) * (int)sizeof(Stored)
+                              : nullptr;
         find_scales_of<dtype>((const Stored *)batch.weights, job.scales ? job.scales + block : nullptr, batch.blocks,
-                              job.grid, batch.scales);
+                              job.grid, now, batch.scales);
+        if (mode.hard_below) choose(batch, begin);
     }
 
-    void draw(const Batch &batch) {
-        /* Few and late, the numbers of blocks hide behind the many. */
-        if (mode.mixed) fill_blocks(draws, batch.block, batch.blocks, hardness, mode.mode, job.noise.hard_share);
-        if (mode.draws_elements()) fill_random(draws.element, batch.element, batch.count, elements);
+    /* Call hard and soft for the chunks of a batch, soft for a group at a time. */
+    template <typename Hard, typename Soft>
+    void treat(const Batch &batch, void *to, bool past, Hard hard, Soft soft) {
+        constexpr int group = group_of<dtype>();
+        alignas(64) uint16_t random[group * chunk];
+        const char *in = weights_ahead<dtype>(job, batch.element), *out = out_ahead<dtype>(job, batch.element);
+        all.count = batch.count / chunk;
+        const Chunks &without = mode.hard_below ? batch.hard : all, &with = mode.hard_below ? batch.soft : all;
+        if (mode.hard_below || mode.mode == QAD_NOISE_NONE)
+            hard(Step{batch, without.list, without.count, random, to, past, in, out});
+        if (mode.mode == QAD_NOISE_NONE) return;
+        for (int k = 0; k < with.count; k += group) {
+            const int chunks = with.count - k < group ? with.count - k : group;
+            if (draws_elements(mode.mode)) {
+                /* While random numbers keep the arithmetic busy, the memory can fetch what will be written. In 16 bits
+                 * that is too little to matter. */
+                if (dtype == QAD_F32 && !past)
+                    for (int c = 0; c < chunks; ++c) ask<Stored>((const char *)to, with.list[k + c].first, true);
+                fill_random(random, (uint64_t)batch.element / 8, with.calls + k, chunks, elements);
+            }
+            soft(Step{batch, with.list + k, chunks, random, to, past, in, out});
+        }
     }
 
     /* Call body for each batch of the blocks [begin, end). Returns how many of them were damaged. */
     template <typename Body> int64_t operator()(int64_t begin, int64_t end, Body body) {
         int64_t damaged = 0;
         int now = 0;
-        if (begin < end) prepare(batches[0], begin, end);
+        if (begin < end) prepare(batches[0], begin, begin, end);
         for (int64_t block = begin; block < end; block += per_batch, now ^= 1) {
-            if (block + per_batch < end) prepare(batches[now ^ 1], block + per_batch, end);
+            if (block + per_batch < end) prepare(batches[now ^ 1], block + per_batch, begin, end);
             body(batches[now]);
             damaged += batches[now].scales.damaged_count;
         }
@@ -411,25 +348,22 @@ template <int dtype> struct Walk {
     }
 };
 
-template <int dtype>
-void (*forward_for(const Mode &mode))(const Batch &, void *, bool, const qad_grid &, const Draws &, Ahead) {
-    switch (mode.mode) {
+template <int dtype> void (*forward_for(int mode))(const Step &) {
+    switch (mode) {
     case QAD_NOISE_UNIFORM:
-        return mode.mixed ? forward_batch<dtype, QAD_NOISE_UNIFORM, true>
-                          : forward_batch<dtype, QAD_NOISE_UNIFORM, false>;
+        return forward_chunks<dtype, QAD_NOISE_UNIFORM>;
     case QAD_NOISE_STOCHASTIC:
-        return mode.mixed ? forward_batch<dtype, QAD_NOISE_STOCHASTIC, true>
-                          : forward_batch<dtype, QAD_NOISE_STOCHASTIC, false>;
+        return forward_chunks<dtype, QAD_NOISE_STOCHASTIC>;
     case QAD_NOISE_PARTIAL:
-        return forward_batch<dtype, QAD_NOISE_PARTIAL, true>;
+        return forward_chunks<dtype, QAD_NOISE_PARTIAL>;
     default:
-        return forward_batch<dtype, QAD_NOISE_NONE, false>;
+        return forward_chunks<dtype, QAD_NOISE_NONE>;
     }
 }
 
 template <int dtype> int64_t forward(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
     Walk<dtype> walk(job);
-    const auto step = forward_for<dtype>(walk.mode);
+    const auto hard = forward_for<dtype>(QAD_NOISE_NONE), soft = forward_for<dtype>(walk.mode.mode);
     const int size = size_of(job.out_dtype), block = job.grid.block;
     const bool converts = job.out_dtype != dtype;
     /* Past the caches, no line is read only to be overwritten: a third less to move. */
@@ -438,32 +372,40 @@ template <int dtype> int64_t forward(const qad_fake_quantize_job &job, int64_t b
     alignas(64) float computed[QAD_BATCH];
     alignas(64) uint16_t converted[QAD_BATCH];
 #ifdef QAD_HAS_LOOK_UP
-    const LookUp<dtype == QAD_F32 ? QAD_BF16 : dtype> look_up(job.grid);
-    const bool may_look_up = dtype != QAD_F32 && walk.mode.mode == QAD_NOISE_NONE && look_up.serves(job.grid);
+    const LookUp<dtype> look_up(job.grid);
+    const bool small = job.grid.code_min >= -table_size / 4 && job.grid.code_max < table_size / 4;
 #else
-    const bool may_look_up = false;
+    const bool small = false;
 #endif
-    const int64_t damaged = walk(begin, end, [&](const Batch &batch) {
+    /* Out of a cache, and where codes take little time. Of fp32 and fp16 it took longer. */
+    walk.asks_early = dtype == QAD_BF16 && !job.streams && (walk.mode.hard_below || walk.mode.mode == QAD_NOISE_NONE);
+    const int64_t damaged = walk(begin, end, [&](Batch &batch) {
         char *out = (char *)job.out + batch.element * size;
-        const bool looks_up = may_look_up && batch.scales.in_range;
-        const bool buffered = converts || (past && !looks_up && !Elements<dtype>::streams);
-        void *to = buffered ? (void *)computed : out;
-        const Ahead next = ahead(&job, batch.element, job.streams && !past);
-        /* While random numbers keep the arithmetic busy, the memory can fetch what will be written. In 16 bits that is
-         * too little to matter. */
-        if (dtype == QAD_F32 && !past && walk.mode.draws_elements())
-            for (int i = 0; i < batch.count * size; i += 64) __builtin_prefetch(out + i, 1, 2);
-        walk.draw(batch);
+        void *to = converts ? (void *)computed : out;
+        const bool looks_up = small && batch.scales.in_range;
+        if (!looks_up || walk.mode.mode == QAD_NOISE_UNIFORM || walk.mode.mode == QAD_NOISE_PARTIAL)
+            find_ends<dtype>(batch.scales, batch.blocks, job.grid);
+        walk.treat(
+            batch, to, past && !converts,
+            [&](const Step &step) {
 #ifdef QAD_HAS_LOOK_UP
-        if (looks_up) look_up.forward_batch(batch, to, past, job.grid, next);
+                if (looks_up) return look_up_chunks<dtype, QAD_NOISE_NONE>(step, look_up);
 #endif
-        if (!looks_up) step(batch, to, past && !buffered, job.grid, walk.draws, next);
+                hard(step);
+            },
+            [&](const Step &step) {
+#ifdef QAD_HAS_LOOK_UP
+                if (looks_up && walk.mode.mode == QAD_NOISE_STOCHASTIC)
+                    return look_up_chunks<dtype, QAD_NOISE_STOCHASTIC>(step, look_up);
+#endif
+                soft(step);
+            });
         if (batch.scales.damaged_count) {
             if (past) end_of_stream();
             fill_damaged<dtype>(to, batch, block, true);
         }
         if (converts) store_elements(past ? (void *)converted : out, job.out_dtype, 0, batch.count, computed);
-        if (past && buffered) stream_out(out, converts ? (void *)converted : computed, batch.count * size);
+        if (past && converts) stream_out(out, converted, batch.count * size);
         if (job.used_scales) memcpy(job.used_scales + batch.block, batch.scales.scale, (size_t)batch.blocks * 4);
     });
     if (past) end_of_stream();
@@ -475,29 +417,31 @@ int64_t fake_quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t e
     return job->out_dtype == QAD_BF16 ? forward<QAD_BF16>(*job, begin, end) : forward<QAD_F16>(*job, begin, end);
 }
 
-void (*learn_for(const Mode &mode))(const Batch &, float *, float *, const qad_grid &, const Draws &, Ahead) {
-    switch (mode.mode) {
+void (*learn_for(int mode))(const Step &, const qad_grid &, float *) {
+    switch (mode) {
     case QAD_NOISE_UNIFORM:
-        return learn_batch<QAD_NOISE_UNIFORM>;
+        return learn_chunks<QAD_NOISE_UNIFORM>;
     case QAD_NOISE_STOCHASTIC:
-        return learn_batch<QAD_NOISE_STOCHASTIC>;
+        return learn_chunks<QAD_NOISE_STOCHASTIC>;
     case QAD_NOISE_PARTIAL:
-        return learn_batch<QAD_NOISE_PARTIAL>;
+        return learn_chunks<QAD_NOISE_PARTIAL>;
     default:
-        return learn_batch<QAD_NOISE_NONE>;
+        return learn_chunks<QAD_NOISE_NONE>;
     }
 }
 
 /* Backward with gradients by the scales: sums want fp32, and its elements in order. */
 int64_t learn(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
-    Walk<QAD_F32> walk(job, true);
-    const auto step = learn_for(walk.mode);
+    Walk<QAD_F32> walk(job);
+    const auto hard = learn_for(QAD_NOISE_NONE), soft = learn_for(walk.mode.mode);
     alignas(64) float staged[QAD_BATCH];
     return walk(begin, end, [&](const Batch &batch) {
         float *grad = (float *)load_elements(job.out, job.out_dtype, batch.element, batch.count, staged);
         float *slopes = job.grad_scales + batch.block;
-        walk.draw(batch);
-        step(batch, grad, slopes, job.grid, walk.draws, ahead(&job, batch.element, job.streams));
+        walk.treat(
+            batch, grad, false,
+            [&](const Step &step) { hard(step, job.grid, slopes); },
+            [&](const Step &step) { soft(step, job.grid, slopes); });
         if (batch.scales.damaged_count) {
             fill_damaged<QAD_F32>(grad, batch, job.grid.block, false);
             for (int i = 0; i < batch.blocks; ++i)
@@ -514,7 +458,8 @@ template <int dtype> int64_t mask(const qad_fake_quantize_job &job, int64_t begi
         void *grad = dtype == QAD_F32
                          ? (void *)load_elements(job.out, job.out_dtype, batch.element, batch.count, staged)
                          : (void *)((typename Elements<dtype>::Stored *)job.out + batch.element);
-        mask_batch<dtype>(batch, grad, job.grid, ahead(&job, batch.element, job.streams));
+        mask_batch<dtype>(batch, grad, job.grid, weights_ahead<dtype>(job, batch.element),
+                          out_ahead<dtype>(job, batch.element));
         if (batch.scales.damaged_count) fill_damaged<dtype>(grad, batch, job.grid.block, false);
         if (dtype != job.out_dtype) store_elements(job.out, job.out_dtype, batch.element, batch.count, (float *)grad);
     });
@@ -528,7 +473,7 @@ int64_t backward(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
 
 int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
     const qad_grid grid = job->grid;
-    const int per_batch = QAD_BATCH / grid.block;
+    const int per_batch = batch_of<QAD_F32>() / grid.block;
     const F low = set((float)grid.code_min), high = set((float)grid.code_max);
     alignas(64) float in_buffer[QAD_BATCH];
     uint16_t halves[most_blocks + width];
@@ -539,7 +484,8 @@ int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
         const int64_t first = b * grid.block;
         const float *values = load_elements(job->weights, job->weights_dtype, first, count, in_buffer);
         int8_t *codes = job->codes + first;
-        find_scales_of<QAD_F32>(values, job->scales ? job->scales + b : nullptr, blocks, grid, scales);
+        find_scales_of<QAD_F32>(values, job->scales ? job->scales + b : nullptr, blocks, grid, nullptr,
+                               scales);
         for (int i = 0; i < blocks; i += width) store_half(halves + i, load(scales.scale + i));
         for (int i = 0; i < blocks; ++i) {
             const F inverse = set(scales.inverse[i]);
@@ -550,7 +496,7 @@ int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
             }
             for (int j = i * grid.block; j < (i + 1) * grid.block; j += width) {
                 const F scaled = mul(load(values + j), inverse);
-                store_codes(codes + j, round_code(min_of(high, max_of(low, scaled)), set(rounding_magic)));
+                store_codes(codes + j, clamp(code_of<QAD_NOISE_NONE>(scaled, set_words(0)), low, high));
             }
         }
         memcpy(job->half_scales + b, halves, (size_t)blocks * 2);
@@ -560,7 +506,7 @@ int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
 }
 
 int64_t dequantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
-    const int block = job->grid.block, per_batch = QAD_BATCH / block;
+    const int block = job->grid.block, per_batch = batch_of<QAD_F32>() / block;
     alignas(64) float out_buffer[QAD_BATCH];
     float scales[most_blocks + width];
     uint16_t halves[most_blocks + width] = {0};
@@ -586,11 +532,14 @@ int64_t dequantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end)
 void uniform16(float *out, int64_t count, uint32_t seed_low, uint32_t seed_high, uint32_t tensor, uint32_t step,
                uint32_t stream) {
     const Random random(seed_low, seed_high, tensor, step, stream);
-    uint16_t bits[QAD_BATCH];
-    for (int64_t first = 0; first < count; first += QAD_BATCH) {
-        const int left = (int)(count - first < (int64_t)QAD_BATCH ? count - first : (int64_t)QAD_BATCH);
-        fill_random(bits, first, left, random);
-        for (int i = 0; i < left; ++i) out[first + i] = ((float)bits[i] + 0.5f) * 0x1p-16f;
+    constexpr int group = group_of<QAD_F32>();
+    alignas(64) uint16_t bits[group * chunk];
+    uint32_t calls[group];
+    for (int i = 0; i < group; ++i) calls[i] = (uint32_t)i * calls_per_chunk;
+    for (int64_t first = 0; first < count; first += group * chunk) {
+        fill_random(bits, (uint64_t)first / 8, calls, group, random);
+        for (int i = 0; i < group * chunk && first + i < count; ++i)
+            out[first + i] = ((float)bits[i] + 0.5f) * 0x1p-16f;
     }
 }
 

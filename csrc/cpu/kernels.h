@@ -4,9 +4,12 @@
 
 #include "../qad.h"
 
-/* Elements that are worked on at a time: with their noise and a second buffer they stay in a first-level cache. Work
- * is split between threads at multiples of this, so that no call of the random generator is shared. */
-enum { QAD_BATCH = 1024 };
+/* At most as many elements are worked on at a time: with their noise and a second buffer they stay in a first-level
+ * cache. Work is split between threads at multiples of this, so that no call of the random generator is shared. */
+enum { QAD_BATCH = 2048 };
+
+/* Elements that the inner loops work on at a time: every block is some of them. */
+constexpr int chunk = 32;
 
 struct qad_fake_quantize_job {
     const void *weights;

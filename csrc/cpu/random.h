@@ -4,20 +4,28 @@
 #define QAD_RANDOM_H
 
 #include "../numerics.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace {
 
+/* What is the same for all calls of a stream. Of the first two rounds, only one product each differs between calls. */
 struct Random {
     D keys[2 * QAD_PHILOX_ROUNDS];
-    D tensor, step, stream;
+    D first, second, third, fourth; /* what those rounds combine it with; the last is a word as it is */
 
-    Random(uint32_t seed_low, uint32_t seed_high, uint32_t tensor_word, uint32_t step_word, uint32_t stream_word)
-        : tensor(set_long(tensor_word)), step(set_long(step_word)), stream(set_long(stream_word)) {
+    Random(uint32_t seed_low, uint32_t seed_high, uint32_t tensor, uint32_t step, uint32_t stream) {
         for (int round = 0; round < QAD_PHILOX_ROUNDS; ++round) {
             keys[2 * round] = set_long(seed_low + (uint32_t)round * QAD_PHILOX_WEYL_0);
             keys[2 * round + 1] = set_long(seed_high + (uint32_t)round * QAD_PHILOX_WEYL_1);
         }
+        const uint64_t by_step = (uint64_t)step * QAD_PHILOX_MULTIPLIER_1;
+        const uint32_t word = (uint32_t)(by_step >> 32) ^ tensor ^ seed_low;
+        const uint64_t by_word = (uint64_t)word * QAD_PHILOX_MULTIPLIER_0;
+        first = set_long(stream ^ seed_high);
+        second = set_long((uint32_t)by_step ^ (seed_low + QAD_PHILOX_WEYL_0));
+        third = set_long((uint32_t)(by_word >> 32) ^ (seed_high + QAD_PHILOX_WEYL_1));
+        fourth = set_long((uint32_t)by_word);
     }
 };
 
@@ -25,29 +33,29 @@ struct Random {
  * many as the registers hold. */
 constexpr int lanes_of_calls = width == 16 ? 4 : 2;
 
-/* Elements of one step of fill_random: 8 per call. Buffers must have room for a multiple of it. */
-constexpr int random_step(int lanes) { return 4 * width * lanes; }
+constexpr int calls_per_chunk = chunk / 8; /* each serves 8 elements */
 
-/* Fill out with 16 random bits for `count` elements, the first of which is `first` (a multiple of 8). */
-template <int lanes = lanes_of_calls>
-QAD_CALLED void fill_random(uint16_t *out, int64_t first, int count, const Random &random) {
+/* Fill out with 16 random bits for each element of some chunks. The calls that serve them begin at `first` plus what is
+ * given for each of them. Both buffers must have room for a multiple of 8 chunks. */
+QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint32_t *calls, int chunks, const Random &random) {
     const D multiplier_0 = set_long(QAD_PHILOX_MULTIPLIER_0), multiplier_1 = set_long(QAD_PHILOX_MULTIPLIER_1);
-    D call = add_long(set_long((uint64_t)first / 8), first_calls());
-    const D calls_per_vector = set_long(width / 2);
-    for (int element = 0; element < count; element += random_step(lanes)) {
-        D words[lanes][4];
+    const D start = add_long(set_long(first), calls_in_chunk());
+    for (int vector = 0; vector * 4 * width < chunks * chunk; vector += lanes_of_calls) {
+        D words[lanes_of_calls][4];
 #pragma GCC unroll 4
-        for (int lane = 0; lane < lanes; ++lane) {
-            words[lane][0] = call;
-            words[lane][1] = random.tensor;
-            words[lane][2] = random.step;
-            words[lane][3] = random.stream;
-            call = add_long(call, calls_per_vector);
+        for (int lane = 0; lane < lanes_of_calls; ++lane) {
+            D *c = words[lane];
+            const D product = mul_low_words(add_long(start, calls_of_chunks(calls, vector + lane)), multiplier_0);
+            c[2] = xor_2(high_word(product), random.first);
+            c[1] = mul_low_words(c[2], multiplier_1);
+            c[0] = xor_2(high_word(c[1]), random.second);
+            c[2] = xor_2(product, random.third);
+            c[3] = random.fourth;
         }
 #pragma GCC unroll 7
-        for (int round = 0; round + 1 < QAD_PHILOX_ROUNDS; ++round) {
+        for (int round = 2; round + 1 < QAD_PHILOX_ROUNDS; ++round) {
 #pragma GCC unroll 4
-            for (int lane = 0; lane < lanes; ++lane) {
+            for (int lane = 0; lane < lanes_of_calls; ++lane) {
                 D *c = words[lane];
                 const D product_0 = mul_low_words(c[0], multiplier_0), product_1 = mul_low_words(c[2], multiplier_1);
                 c[0] = xor_3(high_word(product_1), c[1], random.keys[2 * round]);
@@ -59,18 +67,13 @@ QAD_CALLED void fill_random(uint16_t *out, int64_t first, int count, const Rando
         /* The last round's products hold the words in pairs, but for their order. */
         const D *last = random.keys + 2 * (QAD_PHILOX_ROUNDS - 1);
 #pragma GCC unroll 4
-        for (int lane = 0; lane < lanes; ++lane) {
+        for (int lane = 0; lane < lanes_of_calls; ++lane) {
             const D *c = words[lane];
             const D product_0 = mul_low_words(c[0], multiplier_0), product_1 = mul_low_words(c[2], multiplier_1);
-            interleave(out + element + 4 * width * lane, xor_low_words(swap_words(product_1), c[1], last[0]),
+            interleave(out + 4 * width * (vector + lane), xor_low_words(swap_words(product_1), c[1], last[0]),
                        xor_low_words(swap_words(product_0), c[3], last[1]));
         }
     }
-}
-
-/* r -> (r + 0.5) / 65536 + offset, exact for the offsets 0 and -1/2. */
-QAD_INLINE F uniform_from(U random, float offset) {
-    return fused_add(convert(random), set(0x1p-16f), set(0x1p-17f + offset));
 }
 
 } // namespace

@@ -23,8 +23,10 @@
 #endif
 
 #define QAD_INLINE static inline __attribute__((always_inline))
+#define QAD_MEMBER inline __attribute__((always_inline))
 /* For what is called once a batch: inlined at each call it would double the time of the first build. */
 #define QAD_CALLED static __attribute__((noinline))
+#define QAD_CALLED_MEMBER __attribute__((noinline))
 
 namespace {
 
@@ -50,10 +52,11 @@ QAD_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 QAD_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 QAD_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 QAD_INLINE F fused_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+QAD_INLINE F add_down(F a, F b) { return _mm512_add_round_ps(a, b, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 /* For magnitudes below 2^22; not by vrndscaleps, which is two instructions in one. */
 QAD_INLINE F floor_of(F a) {
     const F magic = set(12582912.0f);
-    return _mm512_sub_ps(_mm512_add_round_ps(a, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), magic);
+    return _mm512_sub_ps(add_down(a, magic), magic);
 }
 QAD_INLINE F max_of(F a, F b) { return _mm512_max_ps(a, b); }
 QAD_INLINE F min_of(F a, F b) { return _mm512_min_ps(a, b); }
@@ -70,10 +73,20 @@ QAD_INLINE U rotate_left_1(U a) { return _mm512_rol_epi32(a, 1); }
 QAD_INLINE U max_words(U a, U b) { return _mm512_max_epu32(a, b); }
 QAD_INLINE U rotate_halves_left_1(U a) { return _mm512_or_si512(_mm512_add_epi16(a, a), _mm512_srli_epi16(a, 15)); }
 QAD_INLINE U max_halves(U a, U b) { return _mm512_max_epu16(a, b); }
+QAD_INLINE uint32_t halves_below(const uint16_t *p, uint16_t limit) {
+    return _mm256_cmplt_epu16_mask(_mm256_loadu_si256((const __m256i *)p), _mm256_set1_epi16((short)limit));
+}
+QAD_INLINE void pack_words(void *to, const void *from, uint32_t which) {
+    store_words(to, _mm512_maskz_compress_epi32((__mmask16)which, load_words(from)));
+}
+QAD_INLINE U min_halves(U a, U b) { return _mm512_min_epu16(a, b); }
+QAD_INLINE U min_signed_halves(U a, U b) { return _mm512_min_epi16(a, b); }
 QAD_INLINE U join_halves(U low, U high) { return _mm512_mask_blend_epi16(0xaaaaaaaau, low, high); }
-/* A table of 32 halves in one register, looked up with the lowest 5 bits of 32 halves: no other set has this. */
+/* Tables of 32 entries in one register or two, looked up with the lowest 5 bits of halves or words: no other set has
+ * this. */
 #define QAD_HAS_LOOK_UP
 QAD_INLINE U look_up_halves(U table, U index) { return _mm512_permutexvar_epi16(index, table); }
+QAD_INLINE F look_up_words(F low, F high, U index) { return _mm512_permutex2var_ps(low, index, high); }
 /* fp16 in the lowest halves. */
 QAD_INLINE U round_half(F a) {
     return _mm512_castsi256_si512(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -90,6 +103,30 @@ QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
     a = _mm512_max_epu32(_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c));
     const __m256i half = _mm256_max_epu32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
     _mm_storeu_si128((__m128i *)p, _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+/* Read what was stored by these two, in their pieces: the processor would not pass on a larger one before all of it has
+ * reached the cache. */
+QAD_INLINE U load_reduced(const uint32_t *p) {
+    const __m128i *parts = (const __m128i *)p;
+    U a = _mm512_castsi128_si512(_mm_loadu_si128(parts));
+    a = _mm512_inserti32x4(a, _mm_loadu_si128(parts + 1), 1);
+    a = _mm512_inserti32x4(a, _mm_loadu_si128(parts + 2), 2);
+    return _mm512_inserti32x4(a, _mm_loadu_si128(parts + 3), 3);
+}
+QAD_INLINE U load_reduced_halves(const uint16_t *p) {
+    const __m128i *parts = (const __m128i *)p;
+    const __m256i a = _mm256_castsi128_si256(_mm_loadu_si128(parts));
+    return _mm512_cvtepu16_epi32(_mm256_inserti128_si256(a, _mm_loadu_si128(parts + 1), 1));
+}
+QAD_INLINE void reduce_max_halves_8(uint16_t *p, const U *v) {
+    U a[4], b[2];
+    for (int i = 0; i < 4; ++i)
+        a[i] = max_halves(_mm512_unpacklo_epi16(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi16(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+        b[i] = max_halves(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+    const U all = max_halves(_mm512_unpacklo_epi64(b[0], b[1]), _mm512_unpackhi_epi64(b[0], b[1]));
+    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    _mm_storeu_si128((__m128i *)p, _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 }
 QAD_INLINE float fold(F a) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a),
@@ -110,6 +147,9 @@ QAD_INLINE F load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_
 QAD_INLINE void store_half(uint16_t *p, F a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+QAD_INLINE U halves_of(F a, F b) {
+    return _mm512_inserti64x4(round_half(a), _mm512_castsi512_si256(round_half(b)), 1);
+}
 QAD_INLINE F load_codes(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
@@ -118,11 +158,16 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 }
 
 QAD_INLINE D set_long(uint64_t a) { return _mm512_set1_epi64((long long)a); }
-/* Calls in the order that interleave() needs. */
-QAD_INLINE D first_calls() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
 QAD_INLINE D add_long(D a, D b) { return _mm512_add_epi64(a, b); }
+QAD_INLINE D calls_in_chunk() { return _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3); }
+QAD_INLINE D calls_of_chunks(const uint32_t *p, int vector) {
+    uint64_t two;
+    memcpy(&two, p + 2 * vector, 8);
+    return _mm512_srlv_epi64(_mm512_set1_epi64((long long)two), _mm512_setr_epi64(0, 32, 0, 32, 0, 32, 0, 32));
+}
 QAD_INLINE D mul_low_words(D a, D b) { return _mm512_mul_epu32(a, b); }
 QAD_INLINE D high_word(D a) { return _mm512_srli_epi64(a, 32); }
+QAD_INLINE D xor_2(D a, D b) { return _mm512_xor_si512(a, b); }
 QAD_INLINE D xor_3(D a, D b, D c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 QAD_INLINE D swap_words(D a) { return _mm512_rol_epi64(a, 32); }
 QAD_INLINE D xor_low_words(D a, D b, D c) { return _mm512_mask_ternarylogic_epi32(a, 0x5555, b, c, 0x96); }
@@ -169,6 +214,8 @@ QAD_INLINE U rotate_left_1(U a) { return _mm256_or_si256(_mm256_add_epi32(a, a),
 QAD_INLINE U max_words(U a, U b) { return _mm256_max_epu32(a, b); }
 QAD_INLINE U rotate_halves_left_1(U a) { return _mm256_or_si256(_mm256_add_epi16(a, a), _mm256_srli_epi16(a, 15)); }
 QAD_INLINE U max_halves(U a, U b) { return _mm256_max_epu16(a, b); }
+QAD_INLINE U min_halves(U a, U b) { return _mm256_min_epu16(a, b); }
+QAD_INLINE U min_signed_halves(U a, U b) { return _mm256_min_epi16(a, b); }
 QAD_INLINE U join_halves(U low, U high) { return _mm256_blend_epi16(low, high, 0xaa); }
 QAD_INLINE M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 QAD_INLINE M less_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
@@ -186,6 +233,15 @@ QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
     a = _mm256_max_epu32(_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c));
     _mm_storeu_si128((__m128i *)p, _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
 }
+QAD_INLINE void reduce_max_halves_8(uint16_t *p, const U *v) {
+    U a[4], b[2];
+    for (int i = 0; i < 4; ++i)
+        a[i] = max_halves(_mm256_unpacklo_epi16(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_epi16(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+        b[i] = max_halves(_mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+    const U all = max_halves(_mm256_unpacklo_epi64(b[0], b[1]), _mm256_unpackhi_epi64(b[0], b[1]));
+    _mm_storeu_si128((__m128i *)p, _mm_max_epu16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+}
 QAD_INLINE float fold(F a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -201,6 +257,10 @@ QAD_INLINE F load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si1
 QAD_INLINE void store_half(uint16_t *p, F a) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+QAD_INLINE U halves_of(F a, F b) {
+    return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                            _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 QAD_INLINE F load_codes(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
@@ -211,10 +271,12 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 }
 
 QAD_INLINE D set_long(uint64_t a) { return _mm256_set1_epi64x((long long)a); }
-QAD_INLINE D first_calls() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 QAD_INLINE D add_long(D a, D b) { return _mm256_add_epi64(a, b); }
+QAD_INLINE D calls_in_chunk() { return _mm256_setr_epi64x(0, 2, 1, 3); }
+QAD_INLINE D calls_of_chunks(const uint32_t *p, int vector) { return set_long(p[vector]); }
 QAD_INLINE D mul_low_words(D a, D b) { return _mm256_mul_epu32(a, b); }
 QAD_INLINE D high_word(D a) { return _mm256_srli_epi64(a, 32); }
+QAD_INLINE D xor_2(D a, D b) { return _mm256_xor_si256(a, b); }
 QAD_INLINE D xor_3(D a, D b, D c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 QAD_INLINE D swap_words(D a) { return _mm256_shuffle_epi32(a, 0xb1); }
 QAD_INLINE D xor_low_words(D a, D b, D c) { return _mm256_blend_epi32(a, xor_3(a, b, c), 0x55); }
@@ -266,6 +328,12 @@ QAD_INLINE U rotate_halves_left_1(U a) {
 QAD_INLINE U max_halves(U a, U b) {
     return vreinterpretq_u32_u16(vmaxq_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b)));
 }
+QAD_INLINE U min_halves(U a, U b) {
+    return vreinterpretq_u32_u16(vminq_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b)));
+}
+QAD_INLINE U min_signed_halves(U a, U b) {
+    return vreinterpretq_u32_s16(vminq_s16(vreinterpretq_s16_u32(a), vreinterpretq_s16_u32(b)));
+}
 QAD_INLINE U join_halves(U low, U high) { return vbslq_u32(vdupq_n_u32(0xffff), low, high); }
 QAD_INLINE M less(F a, F b) { return vcltq_f32(a, b); }
 QAD_INLINE M less_equal(F a, F b) { return vcleq_f32(a, b); }
@@ -276,6 +344,13 @@ QAD_INLINE uint32_t reduce_max(U a) { return vmaxvq_u32(a); }
 QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
     vst1q_u32(p, vpmaxq_u32(vpmaxq_u32(a, b), vpmaxq_u32(c, d)));
 }
+QAD_INLINE void reduce_max_halves_8(uint16_t *p, const U *v) {
+    uint16x8_t a[8];
+    for (int i = 0; i < 8; ++i) a[i] = vreinterpretq_u16_u32(v[i]);
+    for (int left = 4; left; left /= 2)
+        for (int i = 0; i < left; ++i) a[i] = vpmaxq_u16(a[2 * i], a[2 * i + 1]);
+    vst1q_u16(p, a[0]);
+}
 QAD_INLINE float fold(F a) {
     const float32x2_t half = vadd_f32(vget_low_f32(a), vget_high_f32(a));
     return vget_lane_f32(half, 0) + vget_lane_f32(half, 1);
@@ -285,6 +360,9 @@ QAD_INLINE void narrow(uint16_t *p, U a) { vst1_u16(p, vmovn_u32(a)); }
 QAD_INLINE void narrow_high(uint16_t *p, U a) { vst1_u16(p, vshrn_n_u32(a, 16)); }
 QAD_INLINE F load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 QAD_INLINE void store_half(uint16_t *p, F a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+QAD_INLINE U halves_of(F a, F b) {
+    return vreinterpretq_u32_f16(vcombine_f16(vcvt_f16_f32(a), vcvt_f16_f32(b)));
+}
 QAD_INLINE F load_codes(const int8_t *p) {
     int32_t packed;
     memcpy(&packed, p, 4);
@@ -299,10 +377,12 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 }
 
 QAD_INLINE D set_long(uint64_t a) { return vdupq_n_u64(a); }
-QAD_INLINE D first_calls() { return vcombine_u64(vcreate_u64(0), vcreate_u64(1)); }
 QAD_INLINE D add_long(D a, D b) { return vaddq_u64(a, b); }
+QAD_INLINE D calls_in_chunk() { return vcombine_u64(vcreate_u64(0), vcreate_u64(1)); }
+QAD_INLINE D calls_of_chunks(const uint32_t *p, int vector) { return set_long(p[vector / 2] + vector % 2 * 2); }
 QAD_INLINE D mul_low_words(D a, D b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
 QAD_INLINE D high_word(D a) { return vshrq_n_u64(a, 32); }
+QAD_INLINE D xor_2(D a, D b) { return veorq_u64(a, b); }
 QAD_INLINE D xor_3(D a, D b, D c) { return veorq_u64(veorq_u64(a, b), c); }
 QAD_INLINE D swap_words(D a) { return vreinterpretq_u64_u32(vrev64q_u32(vreinterpretq_u32_u64(a))); }
 QAD_INLINE D xor_low_words(D a, D b, D c) { return vbslq_u64(vdupq_n_u64(0xffffffffu), xor_3(a, b, c), a); }
@@ -320,6 +400,7 @@ typedef uint32_t U __attribute__((vector_size(16)));
 typedef int32_t Signed __attribute__((vector_size(16)));
 typedef uint64_t D __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef int16_t SignedHalves __attribute__((vector_size(16)));
 typedef U M;
 
 QAD_INLINE F load(const float *p) { F r; memcpy(&r, p, sizeof r); return r; }
@@ -359,6 +440,8 @@ QAD_INLINE U rotate_left_1(U a) { return (a << 1) | (a >> 31); }
 QAD_INLINE U max_words(U a, U b) { return choose_words((U)(a > b), a, b); }
 QAD_INLINE U rotate_halves_left_1(U a) { return (U)(((Halves)a << 1) | ((Halves)a >> 15)); }
 QAD_INLINE U max_halves(U a, U b) { return choose_words((U)((Halves)a > (Halves)b), a, b); }
+QAD_INLINE U min_halves(U a, U b) { return choose_words((U)((Halves)a < (Halves)b), a, b); }
+QAD_INLINE U min_signed_halves(U a, U b) { return choose_words((U)((SignedHalves)a < (SignedHalves)b), a, b); }
 QAD_INLINE U join_halves(U low, U high) { return (low & 0xffffu) | (high & 0xffff0000u); }
 QAD_INLINE M less(F a, F b) { return (U)(a < b); }
 QAD_INLINE M less_equal(F a, F b) { return (U)(a <= b); }
@@ -372,6 +455,9 @@ QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
     p[1] = reduce_max(b);
     p[2] = reduce_max(c);
     p[3] = reduce_max(d);
+}
+QAD_INLINE void reduce_max_halves_8(uint16_t *p, const U *v) {
+    for (int i = 0; i < 8; ++i) p[i] = (uint16_t)(reduce_max(max_halves(v[i], v[i] << 16)) >> 16);
 }
 QAD_INLINE float fold(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 QAD_INLINE U widen(const uint16_t *p) {
@@ -402,18 +488,26 @@ QAD_INLINE void store_half(uint16_t *p, F a) {
     half = choose_words((U)(magnitude > 0x7f800000u), 0x7e00u | ((magnitude >> 13) & 0x3ffu), half);
     narrow(p, half | sign);
 }
+QAD_INLINE U halves_of(F a, F b) {
+    uint16_t halves[8];
+    store_half(halves, a);
+    store_half(halves + 4, b);
+    return load_words(halves);
+}
 QAD_INLINE F load_codes(const int8_t *p) { return F{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
 QAD_INLINE void store_codes(int8_t *p, F a) {
     for (int i = 0; i < 4; ++i) p[i] = (int8_t)(int32_t)a[i];
 }
 
 QAD_INLINE D set_long(uint64_t a) { return D{a, a}; }
-QAD_INLINE D first_calls() { return D{0, 1}; }
 QAD_INLINE D add_long(D a, D b) { return a + b; }
+QAD_INLINE D calls_in_chunk() { return D{0, 1}; }
+QAD_INLINE D calls_of_chunks(const uint32_t *p, int vector) { return set_long(p[vector / 2] + vector % 2 * 2); }
 QAD_INLINE D mul_low_words(D a, D b) {
     return D{(a[0] & 0xffffffffu) * (b[0] & 0xffffffffu), (a[1] & 0xffffffffu) * (b[1] & 0xffffffffu)};
 }
 QAD_INLINE D high_word(D a) { return a >> 32; }
+QAD_INLINE D xor_2(D a, D b) { return a ^ b; }
 QAD_INLINE D xor_3(D a, D b, D c) { return a ^ b ^ c; }
 QAD_INLINE D swap_words(D a) { return a << 32 | a >> 32; }
 QAD_INLINE D xor_low_words(D a, D b, D c) { return a ^ ((b ^ c) & 0xffffffffu); }
@@ -427,12 +521,42 @@ QAD_INLINE void interleave(uint16_t *p, D first, D second) {
 
 /* ---- the same on every instruction set ---- */
 
+#if !defined(QAD_USE_AVX512)
+#if defined(QAD_USE_AVX2)
+QAD_INLINE U load_reduced(const uint32_t *p) {
+    const __m128i *parts = (const __m128i *)p;
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(parts)), _mm_loadu_si128(parts + 1), 1);
+}
+#else
+QAD_INLINE U load_reduced(const uint32_t *p) { return load_words(p); }
+#endif
+QAD_INLINE U load_reduced_halves(const uint16_t *p) { return widen(p); }
+/* A bit for each of `width` halves. */
+QAD_INLINE uint32_t halves_below(const uint16_t *p, uint16_t limit) {
+    uint32_t below = 0;
+    for (int i = 0; i < width; ++i) below |= (uint32_t)(p[i] < limit) << i;
+    return below;
+}
+/* Those of `width` words for which there is a bit, without gaps; what follows them is overwritten. */
+QAD_INLINE void pack_words(void *to, const void *from, uint32_t which) {
+    uint32_t in[width], out[width];
+    memcpy(in, from, sizeof in);
+    int count = 0;
+    for (int i = 0; i < width; ++i) {
+        out[count] = in[i];
+        count += which >> i & 1;
+    }
+    memcpy(to, out, sizeof out);
+}
+#endif
+
 QAD_INLINE F load_bfloat(const uint16_t *p) { return float_of(shift_left(widen(p), 16)); }
 /* A bf16 in the high half of each word, half to even, and whatever in the low one. Not for NaNs but the quiet one: the
  * rounding would carry their payload into an infinity. */
 QAD_INLINE U round_bfloat(F a) {
     const U bits = bits_of(a), odd = bit_and(shift_right(bits, 16), set_words(1));
-    return add_words(add_words(bits, set_words(0x7fff)), odd);
+    /* The lowest bit decides nothing but whether a tie is one: set, it makes the tie round up. */
+    return add_words(bit_or(bits, odd), set_words(0x7fff));
 }
 QAD_INLINE void store_bfloat(uint16_t *p, F a) { narrow_high(p, round_bfloat(a)); }
 

@@ -1,0 +1,75 @@
+/* Rounding to codes of 4 bits by a table: a rounding sum ends in the code, and that looks up the product of the code
+ * and its block's scale. In 16 bits, the products of a block's sixteen codes are rounded instead of those of its
+ * elements. The table also clamps: it has an entry for every code from -16 to 15.
+ */
+#ifndef QAD_LOOK_UP_H
+#define QAD_LOOK_UP_H
+
+#include "../qad.h"
+#include "elements.h"
+#include "simd.h"
+
+#ifdef QAD_HAS_LOOK_UP
+namespace {
+
+constexpr int table_size = 32;
+
+/* What the lowest 5 bits of a rounding sum mean. */
+QAD_INLINE int code_from(int bits, const qad_grid &grid) {
+    const int code = bits < table_size / 2 ? bits : bits - table_size;
+    return code < grid.code_min ? grid.code_min : code > grid.code_max ? grid.code_max : code;
+}
+
+template <int dtype> struct LookUp {
+    typedef Elements<dtype> E;
+    typedef U Table;
+
+    F codes;
+    U halves; /* which half of the products a sum means */
+    U order;  /* of a pair's halves in memory */
+
+    explicit LookUp(const qad_grid &grid) {
+        float all[width];
+        uint16_t half[table_size], place[table_size];
+        for (int i = 0; i < width; ++i) all[i] = (float)(grid.code_min + i);
+        for (int i = 0; i < table_size; ++i) {
+            half[i] = (uint16_t)E::half_of(code_from(i, grid) - grid.code_min);
+            place[E::place_of(i)] = (uint16_t)i;
+        }
+        codes = load(all);
+        halves = load_words(half);
+        order = load_words(place);
+    }
+
+    QAD_MEMBER Table table_of(F scale) const {
+        return look_up_halves(E::stored(mul(codes, scale)), halves);
+    }
+    QAD_MEMBER void store_pair(uint16_t *p, Table table, F first, F second, bool past) const {
+        const U stored = look_up_halves(table, join_halves(bits_of(first), shift_left(bits_of(second), 16)));
+        put_words(p, dtype == QAD_BF16 ? stored : look_up_halves(stored, order), past);
+    }
+};
+
+template <> struct LookUp<QAD_F32> {
+    struct Table {
+        F low, high;
+    };
+
+    Table codes;
+
+    explicit LookUp(const qad_grid &grid) {
+        float all[table_size];
+        for (int i = 0; i < table_size; ++i) all[i] = (float)code_from(i, grid);
+        codes = {load(all), load(all + width)};
+    }
+
+    QAD_MEMBER Table table_of(F scale) const { return {mul(codes.low, scale), mul(codes.high, scale)}; }
+    QAD_MEMBER void store_pair(float *p, const Table &table, F first, F second, bool past) const {
+        put_words(p, bits_of(look_up_words(table.low, table.high, bits_of(first))), past);
+        put_words(p + width, bits_of(look_up_words(table.low, table.high, bits_of(second))), past);
+    }
+};
+
+} // namespace
+#endif
+#endif
