@@ -537,16 +537,14 @@ QAD_INLINE uint32_t halves_below(const uint16_t *p, uint16_t limit) {
     for (int i = 0; i < width; ++i) below |= (uint32_t)(p[i] < limit) << i;
     return below;
 }
-/* Those of `width` words for which there is a bit, without gaps; what follows them is overwritten. */
+/* Those of `width` words for which there is a bit, without gaps; what follows them may be overwritten. */
 QAD_INLINE void pack_words(void *to, const void *from, uint32_t which) {
-    uint32_t in[width], out[width];
-    memcpy(in, from, sizeof in);
-    int count = 0;
+    char *next = (char *)to;
+#pragma GCC unroll 8
     for (int i = 0; i < width; ++i) {
-        out[count] = in[i];
-        count += which >> i & 1;
+        memcpy(next, (const char *)from + 4 * i, 4);
+        next += (which >> i & 1) * 4;
     }
-    memcpy(to, out, sizeof out);
 }
 #endif
 
