@@ -45,7 +45,7 @@ struct Chunk {
 struct Chunks {
     int count;
     Chunk list[most_chunks + width];
-    uint32_t calls[most_chunks + width]; /* of the generator, from the batch's first */
+    uint64_t products[most_chunks + width]; /* for the random numbers, from the batch's first; see fill_random */
 };
 
 /* Some blocks on their way through the stages. */
@@ -264,14 +264,14 @@ template <int dtype> struct Walk {
           per_batch(batch_of<dtype>() / of.grid.block) {
         for (int c = 0; c < most_chunks; ++c) {
             all.list[c] = {(uint16_t)(c * chunk), (uint16_t)(c >> chunks_per_block_log2(of.grid))};
-            all.calls[c] = (uint32_t)c * calls_per_chunk;
+            all.products[c] = product_of_call((uint64_t)c * calls_per_chunk);
         }
     }
 
     /* Part the chunks of a batch into those with noise and those without. */
     QAD_CALLED_MEMBER void choose(Batch &batch, int64_t begin) {
         const int drawn = (int)((batch.block - begin) % most_drawn), more = chunks_per_block_log2(job.grid);
-        if (drawn == 0) fill_random(hardness_bits, (uint64_t)batch.block / 8, all.calls, most_drawn / chunk, hardness);
+        if (drawn == 0) fill_random(hardness_bits, (uint64_t)batch.block / 8, all.products, most_drawn / chunk, hardness);
         const uint16_t *bits = hardness_bits + drawn;
         uint16_t spread[most_chunks];
         const int chunks = batch.count / chunk;
@@ -285,7 +285,7 @@ template <int dtype> struct Walk {
             const uint32_t below = halves_below(bits + c, mode.hard_below) & present;
             pack_words(batch.hard.list + hard, all.list + c, below);
             pack_words(batch.soft.list + soft, all.list + c, present & ~below);
-            pack_words(batch.soft.calls + soft, all.calls + c, present & ~below);
+            pack_longs(batch.soft.products + soft, all.products + c, present & ~below);
             hard += __builtin_popcount(below);
             soft += __builtin_popcount(present & ~below);
         }
@@ -328,7 +328,7 @@ template <int dtype> struct Walk {
                  * that is too little to matter. */
                 if (dtype == QAD_F32 && !past)
                     for (int c = 0; c < chunks; ++c) ask<Stored>((const char *)to, with.list[k + c].first, true);
-                fill_random(random, (uint64_t)batch.element / 8, with.calls + k, chunks, elements);
+                fill_random(random, (uint64_t)batch.element / 8, with.products + k, chunks, elements);
             }
             soft(Step{batch, with.list + k, chunks, random, to, past, in, out});
         }
@@ -534,10 +534,10 @@ void uniform16(float *out, int64_t count, uint32_t seed_low, uint32_t seed_high,
     const Random random(seed_low, seed_high, tensor, step, stream);
     constexpr int group = group_of<QAD_F32>();
     alignas(64) uint16_t bits[group * chunk];
-    uint32_t calls[group];
-    for (int i = 0; i < group; ++i) calls[i] = (uint32_t)i * calls_per_chunk;
+    uint64_t products[group];
+    for (int i = 0; i < group; ++i) products[i] = product_of_call((uint64_t)i * calls_per_chunk);
     for (int64_t first = 0; first < count; first += group * chunk) {
-        fill_random(bits, (uint64_t)first / 8, calls, group, random);
+        fill_random(bits, (uint64_t)first / 8, products, group, random);
         for (int i = 0; i < group * chunk && first + i < count; ++i)
             out[first + i] = ((float)bits[i] + 0.5f) * 0x1p-16f;
     }

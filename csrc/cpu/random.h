@@ -35,17 +35,20 @@ constexpr int lanes_of_calls = width == 16 ? 4 : 2;
 
 constexpr int calls_per_chunk = chunk / 8; /* each serves 8 elements */
 
-/* Fill out with 16 random bits for each element of some chunks. The calls that serve them begin at `first` plus what is
- * given for each of them. Both buffers must have room for a multiple of 8 chunks. */
-QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint32_t *calls, int chunks, const Random &random) {
+/* The first product of a call, which is 64 bits long: that of a sum is a sum, so that it costs no multiplication. */
+constexpr uint64_t product_of_call(uint64_t call) { return call * QAD_PHILOX_MULTIPLIER_0; }
+
+/* Fill out with 16 random bits for each element of some chunks. The calls that serve them begin at `first` plus those
+ * whose products are given. Both buffers must have room for a multiple of 8 chunks. */
+QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint64_t *products, int chunks, const Random &random) {
     const D multiplier_0 = set_long(QAD_PHILOX_MULTIPLIER_0), multiplier_1 = set_long(QAD_PHILOX_MULTIPLIER_1);
-    const D start = add_long(set_long(first), calls_in_chunk());
+    const D start = mul_low_words(add_long(set_long(first), calls_in_chunk()), multiplier_0);
     for (int vector = 0; vector * 4 * width < chunks * chunk; vector += lanes_of_calls) {
         D words[lanes_of_calls][4];
 #pragma GCC unroll 4
         for (int lane = 0; lane < lanes_of_calls; ++lane) {
             D *c = words[lane];
-            const D product = mul_low_words(add_long(start, calls_of_chunks(calls, vector + lane)), multiplier_0);
+            const D product = add_long(start, spread_chunks(products, vector + lane, product_of_call(1)));
             c[2] = xor_2(high_word(product), random.first);
             c[1] = mul_low_words(c[2], multiplier_1);
             c[0] = xor_2(high_word(c[1]), random.second);

@@ -79,6 +79,11 @@ QAD_INLINE uint32_t halves_below(const uint16_t *p, uint16_t limit) {
 QAD_INLINE void pack_words(void *to, const void *from, uint32_t which) {
     store_words(to, _mm512_maskz_compress_epi32((__mmask16)which, load_words(from)));
 }
+QAD_INLINE void pack_longs(uint64_t *to, const uint64_t *from, uint32_t which) {
+    store_words(to, _mm512_maskz_compress_epi64((__mmask8)which, load_words(from)));
+    to += __builtin_popcount(which & 0xffu);
+    store_words(to, _mm512_maskz_compress_epi64((__mmask8)(which >> 8), load_words(from + 8)));
+}
 QAD_INLINE U min_halves(U a, U b) { return _mm512_min_epu16(a, b); }
 QAD_INLINE U min_signed_halves(U a, U b) { return _mm512_min_epi16(a, b); }
 QAD_INLINE U join_halves(U low, U high) { return _mm512_mask_blend_epi16(0xaaaaaaaau, low, high); }
@@ -160,10 +165,8 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 QAD_INLINE D set_long(uint64_t a) { return _mm512_set1_epi64((long long)a); }
 QAD_INLINE D add_long(D a, D b) { return _mm512_add_epi64(a, b); }
 QAD_INLINE D calls_in_chunk() { return _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3); }
-QAD_INLINE D calls_of_chunks(const uint32_t *p, int vector) {
-    uint64_t two;
-    memcpy(&two, p + 2 * vector, 8);
-    return _mm512_srlv_epi64(_mm512_set1_epi64((long long)two), _mm512_setr_epi64(0, 32, 0, 32, 0, 32, 0, 32));
+QAD_INLINE D spread_chunks(const uint64_t *p, int vector, uint64_t) {
+    return _mm512_broadcast_i64x2(_mm_loadu_si128((const __m128i *)(p + 2 * vector)));
 }
 QAD_INLINE D mul_low_words(D a, D b) { return _mm512_mul_epu32(a, b); }
 QAD_INLINE D high_word(D a) { return _mm512_srli_epi64(a, 32); }
@@ -273,7 +276,7 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 QAD_INLINE D set_long(uint64_t a) { return _mm256_set1_epi64x((long long)a); }
 QAD_INLINE D add_long(D a, D b) { return _mm256_add_epi64(a, b); }
 QAD_INLINE D calls_in_chunk() { return _mm256_setr_epi64x(0, 2, 1, 3); }
-QAD_INLINE D calls_of_chunks(const uint32_t *p, int vector) { return set_long(p[vector]); }
+QAD_INLINE D spread_chunks(const uint64_t *p, int vector, uint64_t) { return set_long(p[vector]); }
 QAD_INLINE D mul_low_words(D a, D b) { return _mm256_mul_epu32(a, b); }
 QAD_INLINE D high_word(D a) { return _mm256_srli_epi64(a, 32); }
 QAD_INLINE D xor_2(D a, D b) { return _mm256_xor_si256(a, b); }
@@ -379,7 +382,9 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 QAD_INLINE D set_long(uint64_t a) { return vdupq_n_u64(a); }
 QAD_INLINE D add_long(D a, D b) { return vaddq_u64(a, b); }
 QAD_INLINE D calls_in_chunk() { return vcombine_u64(vcreate_u64(0), vcreate_u64(1)); }
-QAD_INLINE D calls_of_chunks(const uint32_t *p, int vector) { return set_long(p[vector / 2] + vector % 2 * 2); }
+QAD_INLINE D spread_chunks(const uint64_t *p, int vector, uint64_t step) {
+    return set_long(p[vector / 2] + (uint64_t)(vector % 2) * 2 * step);
+}
 QAD_INLINE D mul_low_words(D a, D b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
 QAD_INLINE D high_word(D a) { return vshrq_n_u64(a, 32); }
 QAD_INLINE D xor_2(D a, D b) { return veorq_u64(a, b); }
@@ -502,7 +507,9 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 QAD_INLINE D set_long(uint64_t a) { return D{a, a}; }
 QAD_INLINE D add_long(D a, D b) { return a + b; }
 QAD_INLINE D calls_in_chunk() { return D{0, 1}; }
-QAD_INLINE D calls_of_chunks(const uint32_t *p, int vector) { return set_long(p[vector / 2] + vector % 2 * 2); }
+QAD_INLINE D spread_chunks(const uint64_t *p, int vector, uint64_t step) {
+    return set_long(p[vector / 2] + (uint64_t)(vector % 2) * 2 * step);
+}
 QAD_INLINE D mul_low_words(D a, D b) {
     return D{(a[0] & 0xffffffffu) * (b[0] & 0xffffffffu), (a[1] & 0xffffffffu) * (b[1] & 0xffffffffu)};
 }
@@ -537,13 +544,20 @@ QAD_INLINE uint32_t halves_below(const uint16_t *p, uint16_t limit) {
     for (int i = 0; i < width; ++i) below |= (uint32_t)(p[i] < limit) << i;
     return below;
 }
-/* Those of `width` words for which there is a bit, without gaps; what follows them may be overwritten. */
+/* Those of `width` words, or longs, for which there is a bit, without gaps; what follows them may be overwritten. */
 QAD_INLINE void pack_words(void *to, const void *from, uint32_t which) {
     char *next = (char *)to;
 #pragma GCC unroll 8
     for (int i = 0; i < width; ++i) {
         memcpy(next, (const char *)from + 4 * i, 4);
         next += (which >> i & 1) * 4;
+    }
+}
+QAD_INLINE void pack_longs(uint64_t *to, const uint64_t *from, uint32_t which) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+        *to = from[i];
+        to += which >> i & 1;
     }
 }
 #endif
