@@ -2,7 +2,7 @@
  *
  * A batch runs in stages over memory that is in the first-level cache by then: scales of all its blocks (scales.h),
  * then codes, a chunk of 32 elements at a time. The scales of the next batch are found before the codes of this one, so
- * that the latency of their divisions has something to hide behind. Chunks with noise and without are told apart before,
+ * that the latency of their divisions has something to hide behind. Chunks with noise and without are told apart first,
  * and each kind is treated in one go; those with noise in groups, each after its random numbers, so that the memory can
  * work for one group while the arithmetic works on another. Rounding adds and subtracts 1.5 x 2^23, which rounds half
  * to even on every instruction set; it also turns -0 into the one zero that a code has.
@@ -271,7 +271,8 @@ template <int dtype> struct Walk {
     /* Part the chunks of a batch into those with noise and those without. */
     QAD_CALLED_MEMBER void choose(Batch &batch, int64_t begin) {
         const int drawn = (int)((batch.block - begin) % most_drawn), more = chunks_per_block_log2(job.grid);
-        if (drawn == 0) fill_random(hardness_bits, (uint64_t)batch.block / 8, all.products, most_drawn / chunk, hardness);
+        if (drawn == 0)
+            fill_random(hardness_bits, (uint64_t)batch.block / 8, all.products, most_drawn / chunk, hardness);
         const uint16_t *bits = hardness_bits + drawn;
         uint16_t spread[most_chunks];
         const int chunks = batch.count / chunk;
