@@ -7,8 +7,9 @@
  * F: `width` floats. U: as many 32-bit words. D: width / 2 words of 64 bits. M: a comparison's result.
  * max_of(a, b) and min_of(a, b) return b if either is NaN. No operation contracts a product and a sum unless it says so.
  * "Halves" are the 16-bit halves of words; join_halves takes the low ones of one and the high ones of the other vector.
- * calls_in_chunk are the calls of the random generator for a vector of a chunk of elements, in the order that interleave
- * needs; spread_chunks adds to them what is given for each chunk, `step` being that of a call.
+ * calls_in_chunk are a vector's calls of the random generator, counted from their chunk's first, in the order that
+ * interleave needs; spread_chunks gives each what is given for its chunk, and adds `step` for each call that a vector in
+ * the middle of a chunk begins after.
  * Where can_stream, stream_words stores past the caches, to an address that is a multiple of a vector's size; after the
  * last comes end_of_stream.
  */
