@@ -257,7 +257,7 @@ template <int dtype> struct Walk {
     Chunks all;              /* of a batch that need not be parted */
     uint16_t hardness_bits[most_drawn];
 
-    explicit Walk(const qad_fake_quantize_job &of)
+    QAD_CALLED_MEMBER explicit Walk(const qad_fake_quantize_job &of)
         : job(of), mode(of.noise),
           elements(of.noise.seed_low, of.noise.seed_high, of.noise.tensor, of.noise.step, QAD_STREAM_ELEMENT),
           hardness(of.noise.seed_low, of.noise.seed_high, of.noise.tensor, of.noise.step, QAD_STREAM_BLOCK),

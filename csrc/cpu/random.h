@@ -14,7 +14,7 @@ struct Random {
     D keys[2 * QAD_PHILOX_ROUNDS];
     D first, second, third, fourth; /* what those rounds combine it with; the last is a word as it is */
 
-    Random(uint32_t seed_low, uint32_t seed_high, uint32_t tensor, uint32_t step, uint32_t stream) {
+    QAD_CALLED_MEMBER Random(uint32_t seed_low, uint32_t seed_high, uint32_t tensor, uint32_t step, uint32_t stream) {
         for (int round = 0; round < QAD_PHILOX_ROUNDS; ++round) {
             keys[2 * round] = set_long(seed_low + (uint32_t)round * QAD_PHILOX_WEYL_0);
             keys[2 * round + 1] = set_long(seed_high + (uint32_t)round * QAD_PHILOX_WEYL_1);

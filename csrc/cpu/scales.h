@@ -40,8 +40,8 @@ QAD_INLINE U largest_keys(const typename Elements<dtype>::Stored *values, int co
     return keys;
 }
 
-template <int dtype, int block>
-QAD_INLINE void find_largest(const typename Elements<dtype>::Stored *values, int blocks, const char *to_write,
+template <int dtype>
+QAD_INLINE void find_largest(const typename Elements<dtype>::Stored *values, int blocks, int block, const char *to_write,
                              typename Elements<dtype>::Key *keys) {
     typedef Elements<dtype> E;
     constexpr int side_by_side = E::per_reduction;
@@ -63,12 +63,10 @@ template <int dtype>
 QAD_CALLED void find_keys(const typename Elements<dtype>::Stored *values, int blocks, int block, const char *to_write,
                           uint32_t *keys) {
     typename Elements<dtype>::Key largest[most_blocks + width];
-    if (block == 32)
-        find_largest<dtype, 32>(values, blocks, to_write, largest);
-    else if (block == 64)
-        find_largest<dtype, 64>(values, blocks, to_write, largest);
+    if (block == 32) /* the most common, as a constant */
+        find_largest<dtype>(values, blocks, 32, to_write, largest);
     else
-        find_largest<dtype, 128>(values, blocks, to_write, largest);
+        find_largest<dtype>(values, blocks, block, to_write, largest);
     for (int b = blocks; b % width; ++b) largest[b] = 0;
     for (int b = 0; b < blocks; b += width) store_words(keys + b, Elements<dtype>::widen_keys(largest + b));
 }
