@@ -159,6 +159,8 @@ def judge(model: Model, name: str, options: argparse.Namespace, folder: Path, co
     for item in task.items:
         samples = stored[item.id]
         voted = vote([one.answer for one in samples], task.kind).answer
+        # As ``qad eval`` does: a prompt that is partly in the cache rounds otherwise, and may be answered otherwise.
+        model.session.forget()
         thought = think(
             model.session, item.prompt, dataclasses.replace(early, sampling=asking.of(item)), kind=task.kind
         )
