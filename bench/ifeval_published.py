@@ -6,16 +6,20 @@ The first file holds IFEval's prompts as google/IFEval has them, the second rows
 for GPT-4 (arXiv 2311.07911): 76.9 % of the prompts, strictly.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from qad.evals.tasks import load
 
 
-def main(prompts: str, responses: str) -> None:
-    task = load("ifeval", path=Path(prompts))
-    rows = [json.loads(line) for line in Path(responses).read_text(encoding="utf-8").splitlines() if line.strip()]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", type=Path, help="IFEval's prompts, JSON lines")
+    parser.add_argument("responses", type=Path, help="JSON lines of prompt and response")
+    arguments = parser.parse_args()
+    task = load("ifeval", path=arguments.prompts)
+    rows = [json.loads(line) for line in arguments.responses.read_text(encoding="utf-8").splitlines() if line.strip()]
     said = {row["prompt"]: row["response"] for row in rows}
     scores = [task.score(item, said[item.prompt]) for item in task.items]
     strict = sum(score.correct for score in scores)
@@ -29,4 +33,4 @@ def main(prompts: str, responses: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

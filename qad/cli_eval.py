@@ -10,6 +10,7 @@ from qad.cli_options import ThreadsOption
 
 
 def evaluate(
+    context: typer.Context,
     files: Annotated[
         list[str] | None,
         typer.Argument(help="Models; with --compare results (--json) or samples (.jsonl).", metavar="FILE..."),
@@ -98,6 +99,18 @@ def evaluate(
                 json_file=json_file,
                 output=output,
                 command=shlex.join(["qad", *sys.argv[1:]]),
+                typed=_typed(context),
             )
         )
+    )
+
+
+def _typed(context: typer.Context) -> tuple[str, ...]:
+    """Return the options that were typed, by their long names."""
+    return tuple(
+        max(one.opts, key=len)
+        for one in context.command.params
+        if one.param_type_name == "option"
+        and one.name is not None
+        and getattr(context.get_parameter_source(one.name), "name", None) == "COMMANDLINE"
     )

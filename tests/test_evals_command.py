@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -329,12 +331,15 @@ def test_training_on_a_level_tells_what_failures_were(
         (("{student}", "{student}", "--task", "{own}"), "student is named twice"),
         (("{student}", "--task", "{own}", "--plots", "{own}"), "own.jsonl is a file: name a folder with --plots"),
         (("{student}", "--task", "{own}", "--methods", ","), "--methods names none"),
-        (("--compare", "{a1}", "{b1}", "--task", "{own}"), "--compare asks no model, so a task means nothing"),
+        (("--compare", "{a1}", "{b1}", "--task", "{own}"), "--compare asks no model, so --task means nothing"),
+        (("--compare", "{a1}", "{b1}", "--k", "8", "--plots", "p"), "so --k, --plots mean nothing: leave out the one"),
+        (("--compare", "{a1}", "{b1}", "-o", "x"), "--compare asks no model, so --output means nothing"),
         (("--compare", "{a1}", "{b1}", "--reference", "x"), "--compare asks no model, so --reference means nothing"),
         (("--compare", "{a1}", "nowhere.jsonl"), "nowhere.jsonl is missing: check the path"),
         (("{student}", "--reference", "{student}/", "--task", "{own}"), "the reference .* is the only model"),
         (("--reference", "{student}", "--task", "{own}"), "the reference .* is the only model"),
-        (("--compare", "{own}"), "is missing or damaged, which says what own.jsonl was made with"),
+        (("--compare", "{own}"), "own.jsonl is no file of samples, for it holds no answers of `qad eval`"),
+        (("--compare", "{line}"), "line.jsonl is no file of samples, for it holds no answers of `qad eval`"),
         (("--compare", "{json}"), "is no result of an evaluation"),
         (
             ("--compare", "{a1}", "{a2}"),
@@ -367,9 +372,13 @@ def test_bad_input_is_one_clear_error(
         names[name] = tmp_path / f"{name}.json"
         rows = [{**row, "model": model, "per_item": row["per_item"][items]}]
         names[name].write_text(json.dumps({**values, "rows": rows}))
+    # Without an end of its one line, it could also be samples whose writing was interrupted.
+    names["line"] = tmp_path / "line.jsonl"
+    names["line"].write_text('{"prompt": "?"}')
+    folder = () if "--compare" in arguments else ("-o", str(tmp_path / "samples"))
     with pytest.raises(UserError, match=message):
-        invoke(*(one.format(**names) for one in arguments), "-o", str(tmp_path / "samples"))
-    assert not list(tmp_path.rglob("*.jsonl"))
+        invoke(*(one.format(**names) for one in arguments), *folder)
+    assert list(tmp_path.rglob("*.jsonl")) == [names["line"]]
 
 
 def test_a_seeds_sampling_is_the_same_for_every_model_and_another_for_every_item(
@@ -454,6 +463,50 @@ def test_results_of_other_rules_are_not_compared(evaluated: tuple[dict[str, Any]
         (tmp_path / "old.json").write_text(json.dumps(old))
         with pytest.raises(UserError, match="judged by the rules of another qad: give the `qad eval` that made it"):
             invoke("--compare", str(tmp_path / "old.json"))
+
+
+def test_items_that_were_judged_in_two_ways_are_not_compared(models: dict[str, Path], tmp_path: Path) -> None:
+    for name, kind in (("a", "math"), ("b", "text")):
+        (tmp_path / name).mkdir()
+        task = save_task(tmp_path / name / "s.jsonl", ["7"] * 8, task=kind)
+        invoke(
+            *(str(models["student"]), "--task", task, "--limit", "2", "--k", "1", "--new-tokens", "2"),
+            *("--threads", "1", "-o", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json")),
+        )
+        (row,) = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        assert {item["judge"] for item in row["per_item"]} == {kind}
+    told = r"2 of the 2 items of s .* were judged differently .*: by math for .*, by text for .*: give the `qad eval`"
+    ours, theirs = ([f"{name}.json", f"{name}/student/s.jsonl"] for name in "ab")
+    for one, other in zip(ours, theirs, strict=True):
+        with pytest.raises(UserError, match=told):
+            invoke("--compare", str(tmp_path / one), str(tmp_path / other))
+    # What it says to do helps, and asks nobody: an answer that was asked for would have another text.
+    samples = tmp_path / "b" / "student" / "s.jsonl"
+    samples.write_text(samples.read_text().replace('"text": "', '"text": "kept '))
+    shutil.copy(tmp_path / "a" / "s.jsonl", tmp_path / "b" / "s.jsonl")
+    invoke(
+        *(str(models["student"]), "--task", str(tmp_path / "b" / "s.jsonl"), "--limit", "2", "--k", "1"),
+        *("--new-tokens", "2", "--threads", "1", "-o", str(tmp_path / "b")),
+    )
+    assert samples.read_text().count('"text": "kept ') == 2
+    invoke("--compare", *(str(tmp_path / name / "student" / "s.jsonl") for name in "ab"))
+
+
+def test_results_that_do_not_tell_their_judge_are_not_compared(
+    evaluated: tuple[dict[str, Any], str, Path], tmp_path: Path
+) -> None:
+    values = json.loads(json.dumps(evaluated[0]))
+    del values["rows"][0]["per_item"][0]["judge"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="old.json does not tell what judged its items, .* give the `qad eval` that"):
+        invoke("--compare", str(tmp_path / "old.json"))
+
+
+def test_the_published_responses_of_ifeval_have_a_manual() -> None:
+    script = Path(__file__).parent.parent / "bench" / "ifeval_published.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "prompts responses" in done.stdout
 
 
 def test_programs_have_no_most_frequent_answer(models: dict[str, Path], tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_stopping_when_likely_keeps_its_promise(certainty: float) -> None:
         ({"k": 0}, "k = 0"),
         ({"method": "votes"}, "did you mean vote"),
         ({"certainty": 0.3}, "at least 0.5"),
-        ({"drop": True}, "exact"),
+        ({"drop": True}, "exact stopping: .* off with --full"),
         ({"wave": 0}, "waves of 0"),
         ({"sampling": Sampling()}, "temperature 0"),
         ({"measure": "tail"}, "lowest, mean"),

@@ -14,6 +14,9 @@ from qad.evals.shift import Label
 from qad.runtimes import Sampling
 from qad.think.options import PRESETS, preset_for
 
+# What means something to a comparison.
+_OF_COMPARE = ("--compare", "--margin", "--json")
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -22,6 +25,7 @@ class Arguments:
     Attributes:
         tasks: By label, None for tasks without one.
         command: What was typed.
+        typed: Options that were typed rather than left as they are.
     """
 
     files: tuple[str, ...]
@@ -51,6 +55,7 @@ class Arguments:
     json_file: Path | None
     output: Path
     command: str
+    typed: tuple[str, ...] = ()
 
 
 def sampling_of(arguments: Arguments) -> Sampling:
@@ -93,9 +98,9 @@ def run(arguments: Arguments) -> int:
     if not arguments.files and not arguments.reference:
         raise UserError("no model is named: give exported files, runs or model folders; with --compare results")
     if arguments.compare:
-        asking = {"--reference": arguments.reference, "--text": arguments.text, "--after": arguments.after}
-        if given := [name for name, value in asking.items() if value] + ["a task"] * any(arguments.tasks.values()):
-            raise UserError(f"--compare asks no model, so {given[0]} means nothing: leave out the one or the other")
+        if given := [name for name in arguments.typed if name not in _OF_COMPARE]:
+            told = f"{', '.join(given)} {'means' if len(given) == 1 else 'mean'}"
+            raise UserError(f"--compare asks no model, so {told} nothing: leave out the one or the other")
         return compare_command(
             [Path(file) for file in arguments.files],
             margin=arguments.margin,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qad.errors import UserError
 from qad.evals.metrics import ItemResult
-from qad.evals.samples import Rows, Sample
+from qad.evals.samples import Rows, Sample, no_samples
 from qad.evals.setting import setting_beside
 from qad.evals.task import JUDGING
 from qad.final_answer import Kind
@@ -76,6 +76,8 @@ def result_of(samples: Sequence[Sample], deliberations: Sequence[Sample], kind: 
         deliberated=tuple(one.correct for one in deliberations),
         extra_tokens=sum(one.n_tokens for one in deliberations),
         extra_seconds=max((one.seconds for one in deliberations), default=0.0),
+        # Behind the number of the rules.
+        judge=first.judged.partition(" ")[2],
     )
 
 
@@ -85,12 +87,17 @@ def read_results(path: Path) -> tuple[str, str, list[ItemResult]]:
     Raises:
         UserError: It cannot be read, is none, holds no complete item, or one that was judged by other rules.
     """
-    setting = setting_beside(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing: check the path")
     results = []
     others = 0
     try:
         with path.open("rb") as file:
+            # First: what is no file of samples has no setting to bring back.
             rows = Rows(file, path)
+            if not rows.ids() and not path.with_suffix(".json").is_file():
+                raise no_samples(path)
+            setting = setting_beside(path)
             for item in rows.ids():
                 samples = rows.read(item)
                 if len(samples) == setting.k:

@@ -43,6 +43,7 @@ class ItemResult:
         deliberated: Of each deliberation, whether it is right.
         extra_tokens: Tokens of all deliberations.
         extra_seconds: Their time.
+        judge: Name of what judged the answers, see ``Task.judge``.
     """
 
     id: str
@@ -61,6 +62,7 @@ class ItemResult:
     deliberated: tuple[bool, ...] = ()
     extra_tokens: int = 0
     extra_seconds: float = 0.0
+    judge: str = ""
 
     @property
     def k(self) -> int:

@@ -57,9 +57,15 @@ def load(path: Path) -> list[Result]:
             "the kept texts anew and asks no model"
         )
     try:
-        return [Result(row["model"], row["task"], [_item(one) for one in row["per_item"]]) for row in stored["rows"]]
+        loaded = [Result(row["model"], row["task"], [_item(one) for one in row["per_item"]]) for row in stored["rows"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): make it again with `qad eval --json`") from error
+    if any(not item.judge for one in loaded for item in one.items):
+        raise UserError(
+            f"{path} does not tell what judged its items, as results of an earlier qad: give the `qad eval` that made "
+            "it once more, which asks no model for kept answers"
+        )
+    return loaded
 
 
 def _item(values: dict[str, Any]) -> ItemResult:

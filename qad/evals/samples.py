@@ -130,6 +130,11 @@ def _read(line: bytes) -> Sample | None:
         return None
 
 
+def no_samples(path: Path) -> UserError:
+    """Return the error for a file that holds something else than samples."""
+    return UserError(f"{path} is no file of samples, for it holds no answers of `qad eval`: give one that it made")
+
+
 class Rows:
     """Where the rows of each item lie in a file.
 
@@ -159,7 +164,7 @@ class Rows:
             sample = _read(line)
             if sample is None:
                 if not self.end and line.endswith(b"\n"):
-                    raise UserError(f"{path} is no file of samples: give one that `qad eval` made")
+                    raise no_samples(path)
                 self.torn += 1
             elif self.torn:
                 raise UserError(

@@ -75,7 +75,7 @@ class ThinkOptions:
         if self.drop and self.certainty == 1:
             raise UserError(
                 "dropping trajectories may change the vote, so it does not go with exact stopping: give a confidence "
-                "below 1, such as 0.95, or switch early stopping off"
+                "below 1, such as 0.95, or switch early stopping off with --full"
             )
         if self.method not in ("deliberate", "auto") and (self.summary_k > 1 or self.iterations > 1 or self.budget):
             raise UserError(
