@@ -121,9 +121,13 @@ def _comparable(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     return list(found.values())
 
 
-def stage_name(stage: Stage, index: int) -> str:
-    """Return what a row of a result is called in a plot."""
-    return stage.what if index == 0 else "plain rounding" if index == 1 else "trained"
+def stage_name(run: RunRecord, index: int) -> str:
+    """Return what a row of a run's result is called in a plot."""
+    if index == 0:
+        return run.stages[0].what
+    if len(run.stages) == 2:  # qad quantize, by whichever way of rounding
+        return "rounded"
+    return "plain rounding" if index == 1 else "trained"
 
 
 def _distance(stage: Stage) -> float:
@@ -135,20 +139,21 @@ def _runs(made: Section, runs: Sequence[RunRecord], name: str) -> None:
     names = run_names(runs)
     taught = runs[0].taught
     conditions = f"held-out text of the runs, {count_of(runs[0].stages[0].tokens, 'token')}, judged by torch"
+    aim = "What training gains over rounding" if any(len(run.stages) > 2 for run in runs) else "What rounding costs"
     plots: list[tuple[str, str, Axis, Callable[[Stage], float | None], Callable[[float], str]]]
     if taught:
         plots = [
-            ("kl", "What training gains over rounding: KL", _KL, lambda stage: stage.kl, short),
+            ("kl", f"{aim}: KL", _KL, lambda stage: stage.kl, short),
             (
                 "top",
-                "What training gains over rounding: same first token",
+                f"{aim}: same first token",
                 _TOP,
                 lambda stage: None if stage.same_top is None else 100 * stage.same_top,
                 lambda value: f"{value:.1f} %",
             ),
         ]
     else:
-        title = "What training gains over rounding: perplexity"
+        title = f"{aim}: perplexity"
         plots = [("perplexity", title, _PERPLEXITY, lambda stage: stage.perplexity, lambda value: f"{value:,.3f}")]
     for anchor, title, axis, value, tell in plots:
         lines: list[Line] = []
@@ -157,7 +162,7 @@ def _runs(made: Section, runs: Sequence[RunRecord], name: str) -> None:
             lines.append(Line(names[run.source.path], points, Look(index, line="dashed", mark="none")))
             for at, point in enumerate(points, start=1):
                 look = Look(index, line="none", mark="filled" if at == 2 else "hollow")
-                lines.append(Line(f"{names[run.source.path]}, {stage_name(run.stages[at], at)}", [point], look))
+                lines.append(Line(f"{names[run.source.path]}, {stage_name(run, at)}", [point], look))
         legend = tuple(key(line.name, line.look) for line in lines if line.look.mark != "none")
         drawing = line_chart(
             f"{name}-{anchor}", title, _MB, axis, lines, tell_x=lambda mb: f"{mb:,.1f} MB", tell_y=tell
