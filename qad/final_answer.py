@@ -9,7 +9,8 @@ Thoughts are no answer. Those that have not ended have none behind them; if noth
 have, their own marks count.
 
 A text that was cut off has the answer that it marks, or none (``answer_of``): the last number of half a calculation is
-none. Whoever votes, counts right answers or judges confidences takes the answer of a trajectory from there.
+none. Nor is "The answer is 1", which may have become 100: a mark without an end of its own needs the end of its
+sentence or line. Whoever votes, counts right answers or judges confidences takes the answer of a trajectory from there.
 """
 
 import ast
@@ -22,12 +23,13 @@ __all__ = ["Kind", "answer_of", "boxed", "extract", "groups", "number", "same", 
 OPENING = re.compile(r"<think(?:ing)?>|<\|begin_of_thought\|>")
 _CLOSING = re.compile(r"</think(?:ing)?>|<\|end_of_thought\|>")
 _SOLUTION = re.compile(r"<\|(?:begin|end)_of_solution\|>")
+_SOLVED = re.compile(r"<\|end_of_solution\|>\s*\Z")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 _LEAD = r"""
     (?: \b(?:(?:final|correct|right|best)\s+)?(?:answer|option|choice)(?:\s+to\s+[^.:\n]{1,60})?
-        \s*(?:\*\*)?\s*(?:is|would\ be|must\ be)(?:\s+therefore|\s+thus)?\b\s*:?
+        \s*(?:\*\*)?\s*\b(?:is|would\ be|must\ be)(?:\s+therefore|\s+thus)?\b\s*:?
       | (?:^|(?<=[\n*\#>]))\s*(?:final\s+)?answer\s*(?:\*\*)?\s*[:=]
     )
     """
@@ -42,15 +44,23 @@ _NUMBER = re.compile(
 _EMPTY_MARK = re.compile(
     rf"<answer>\s*</answer>|^[ \t]*\#{{4}}[ \t]*\Z|{_LEAD}[\s*.:]*\Z", re.IGNORECASE | re.MULTILINE | re.VERBOSE
 )
-# What a typesetter prints nothing for.
+# What a typesetter prints nothing for, or an empty place to write in.
 _BLANK = re.compile(
-    r"\\(?:boxed|fbox|text\w*|math\w+|mbox|operatorname)\s*\{\s*\}|\\(?:q?quad|displaystyle|left|right)\b|"
+    r"\\(?:boxed|fbox|text\w*|math\w+|[mh]box|operatorname|underline)\s*\{\s*\}|"
+    r"\\(?:q?quad|en(?:space|skip)|thinspace|displaystyle|left|right|square|Box)(?![a-zA-Z])|"
+    r"\\[hvm]space\*?\s*\{[^{}]*\}|\\[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}|\\rule\s*\{[^{}]*\}\s*\{[^{}]*\}|"
     r"\\[,;:! ()\[\]]|[\s\u200b-\u200d\u2060\ufeff]"
 )
 # A gap that was to be filled, signs of formulas and of Markdown, braces that only group, and fonts.
 _GAP = re.compile(r"\\[lc]?dots\b|\\?_|(?<!\\)[{}]|[.,;:?!…$~*`]|\\(?:text|math)\w*")
-# A full stop within a number ends no sentence.
-_SENTENCE_END = re.compile(r"(?<=\S)[.;!?](?=\s|$|\*)|\n")
+# A full stop within a number ends no sentence, nor does the factorial in 5! = 120.
+_SENTENCE_END = re.compile(r"(?<=\S)(?:[.;?]|!(?!\s*=))(?=\s|$|\*)|\n")
+# The end of half an expression. A sign right behind a letter may belong to it, as in A+ or Ca2+.
+_OPERATOR_LAST = re.compile(
+    r"(?:=|≈|<|>|\\(?:times|cdot|div|pm|approx|frac|sqrt)|(?:(?:^|[^\w.,])[\d.,]*|[\s)}\]])[-−+/^×÷·±]|(?<=\s)\*)\s*\Z"
+)
+# Signs of formulas around nothing.
+_NO_FORMULA = re.compile(r"\$\$\s*\$\$|\$\s*\$|\\\(\s*\\\)|\\\[\s*\\\]")
 _LONGEST_PHRASE = 80
 
 
@@ -60,11 +70,16 @@ def strip_thinking(text: str) -> str:
     The opening tag may be missing if the closing one is there, as where a chat template ends with it: for thoughts that
     have not ended ``qad.think.thoughts`` puts it back. Thoughts that do not end run to the end.
     """
+    return _behind_thoughts(text).strip()
+
+
+def _behind_thoughts(text: str) -> str:
+    """Return what stands behind the thoughts, with a line's end where other thoughts or a tag show that it is over."""
     closed = [found.end() for found in _CLOSING.finditer(text)]
     rest = text[closed[-1] :] if closed else text
     if opened := OPENING.search(rest):
-        rest = rest[: opened.start()]
-    return _SOLUTION.sub("", rest).strip()
+        rest = rest[: opened.start()] + "\n"
+    return _SOLUTION.sub("", _SOLVED.sub("\n", rest))
 
 
 def extract(text: str, kind: Kind | None, *, marked: bool = False) -> str | None:
@@ -75,17 +90,24 @@ def extract(text: str, kind: Kind | None, *, marked: bool = False) -> str | None
         kind: What is looked for: ``math``: a number or formula; ``choice``: a capital letter; ``code``: a program;
             ``text``: any text, and without a mark the whole of it; None: what is marked as the answer, whatever it is.
         marked: Take only what is marked as the answer, as for a text that was cut off: its last number is not an
-            answer. Of code, only a block that is closed counts.
+            answer, nor is what it had begun to mark. Of code, only a block that is closed counts.
     """
-    body = strip_thinking(text)
+    rest = _behind_thoughts(text)
+    body = rest.strip()
+    # A text that ended by itself has ended its last line.
+    lines = rest if marked else f"{body}\n"
     if not body and _CLOSING.search(text):
         # Nothing came after the thoughts.
         body, marked = _SOLUTION.sub("", OPENING.sub("", _CLOSING.sub("", text))).strip(), True
+        lines = f"{body}\n"
     if kind == "code":
         return _code(body, closed=marked)
-    found = _marked(body, kind)
-    if found is not None or marked or kind is None or not body:
+    found = _marked(lines, kind)
+    if found is not None or marked or kind is None:
         return found
+    body = _without_empty_boxes(body, kind)
+    if not body:
+        return None
     if kind == "choice":
         return _unmarked_letter(body)
     if kind == "math":
@@ -106,7 +128,12 @@ def answer_of(text: str, reason: str, kind: Kind | None) -> str | None:
 
 
 def _marked(body: str, kind: Kind | None) -> str | None:
-    """Return the answer that the most deliberate mark of a text gives."""
+    """Return the answer that the most deliberate mark of a text gives.
+
+    Args:
+        body: The text, thoughts taken away. A last line without an end was cut off.
+        kind: As for ``extract``.
+    """
     for inside in reversed(_ANSWER.findall(body)):
         # A box within tags holds their answer, also if it holds nothing.
         for marked in reversed(_boxes(inside) or [inside]):
@@ -115,13 +142,15 @@ def _marked(body: str, kind: Kind | None) -> str | None:
     for box in reversed(_boxes(body)):
         if (fitting := _fitting(box, kind)) is not None:
             return fitting
-    for line in _HASHES.findall(body)[-1:]:
+    ended = [line[1] for line in _HASHES.finditer(body) if "\n" in body[line.end() :]]
+    for line in ended[-1:]:
         fitting = _fitting(line, kind)
         # Elsewhere than at the end they may be the heading of a section.
-        if fitting is not None and (body.rstrip().endswith(line) or number(line) is not None):
+        placed = body.rstrip().endswith(line) or number(line) is not None
+        if fitting is not None and placed and not _is_half(line, kind):
             return fitting
     for phrase in reversed(list(_PHRASE.finditer(body))):
-        fitting = _from_sentence(phrase[1], kind)
+        fitting = _from_sentence(phrase[1], kind, ended=phrase.end(1) < len(body))
         if fitting is not None:
             return fitting
     return None
@@ -129,6 +158,11 @@ def _marked(body: str, kind: Kind | None) -> str | None:
 
 def _boxes(text: str) -> list[str]:
     """Return what each box that is closed holds, its braces matched; a box in a box comes after it."""
+    return [inside for _, _, inside in _closed_boxes(text)]
+
+
+def _closed_boxes(text: str) -> list[tuple[int, int, str]]:
+    """Return where each box that is closed begins and ends, and what it holds, in the order of their beginnings."""
     found = []
     for box in _BOX.finditer(text):
         depth, at = 1, box.end()
@@ -140,8 +174,18 @@ def _boxes(text: str) -> list[str]:
                 depth += {"{": 1, "}": -1}.get(text[at], 0)
             at += 1
         if not depth:
-            found.append(text[box.end() : at - 1].strip())
+            found.append((box.start(), at, text[box.end() : at - 1]))
     return found
+
+
+def _without_empty_boxes(text: str, kind: Kind | None) -> str:
+    """Return a text without the boxes that hold nothing, and without the signs of formulas that stand around them."""
+    kept, at = [], 0
+    for start, end, inside in _closed_boxes(text):
+        if start >= at and _is_empty(inside, kind):
+            kept.append(text[at:start])
+            at = end
+    return _NO_FORMULA.sub("", "".join(kept) + text[at:]).strip() if at else text
 
 
 def boxed(body: str) -> bool:
@@ -163,7 +207,8 @@ def _is_empty(text: str, kind: Kind | None) -> bool:
 
 def _tidy(text: str) -> str:
     """Return an answer without the marks of Markdown and of mathematics around it."""
-    text = text.strip().strip("*`").strip()
+    # White space behind a backslash is a command.
+    text = re.sub(r"(?<!\\)\\+\s+\Z", "", text).strip().strip("*`").strip()
     text = re.sub(r"^(?:\\\(|\\\[|\$+(?!\d)|\$(?=.*\$$))\s*|\s*(?:\\\)|\\\]|\$+)$", "", text, flags=re.DOTALL)
     if wrapped := re.fullmatch(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", text):
         text = wrapped[1]
@@ -183,21 +228,39 @@ def _fitting(text: str, kind: Kind | None) -> str | None:
     return tidy or None
 
 
-def _from_sentence(text: str, kind: Kind | None) -> str | None:
-    """Return the answer with which the rest of a line begins."""
-    if kind != "choice":
-        # Boxes were looked into already: one that stands here holds nothing, or was cut off in its middle.
-        text = _BOX.split(text, maxsplit=1)[0]
-    if kind == "text":
-        return _fitting(text, kind)
-    if chosen := _leading_letter(text):
-        return chosen if kind != "math" or _tidy(text) == chosen else None
+def _is_half(text: str, kind: Kind | None) -> bool:
+    """Return whether an answer is an expression that goes on: it ends in an operator or an equals sign."""
+    return kind in ("math", None) and _OPERATOR_LAST.search(text) is not None
+
+
+def _from_sentence(text: str, kind: Kind | None, *, ended: bool) -> str | None:
+    """Return the answer with which the rest of a line begins.
+
+    Args:
+        text: The rest of the line.
+        kind: As for ``extract``.
+        ended: Whether the line has ended. If not, only what cannot become anything else is an answer: a letter or a
+            formula that is closed, or what the end of its sentence stands behind.
+    """
     if kind == "choice":
-        return None
+        return _leading_letter(_without_empty_boxes(text, kind), ended=ended)
+    # Boxes were looked into already: one that stands here holds nothing, or was cut off in its middle.
+    text = _BOX.split(text, maxsplit=1)[0]
+    if kind == "text":
+        # All of the line is the answer.
+        closed = ended or any(end.end() == len(text.rstrip()) and _proves(end, text) for end in _ends(text))
+        return _fitting(text, kind) if closed else None
+    if chosen := _leading_letter(text, ended=ended):
+        return chosen if kind != "math" or _tidy(text) == chosen else None
     sentence = _SENTENCE_END.split(text, maxsplit=1)[0]
     if formula := _FORMULA.search(sentence):
-        return _fitting(next(part for part in formula.groups() if part), kind)
+        inside = next(part for part in formula.groups() if part)
+        return None if _is_half(inside, kind) else _fitting(inside, kind)
     tidy = _tidy(sentence)
+    if _is_half(sentence, kind) or _is_half(tidy, kind):
+        return None
+    if not ended and not any(_proves(end, text) for end in _ends(text)[:1]):
+        return None
     if number(tidy) is not None:
         return tidy
     last = _tidy(tidy.rpartition("=")[2])
@@ -207,14 +270,31 @@ def _from_sentence(text: str, kind: Kind | None) -> str | None:
     return tidy if len(tidy) <= _LONGEST_PHRASE and not _is_empty(tidy, kind) else None
 
 
-def _leading_letter(text: str) -> str | None:
-    """Return the choice with which a sentence begins: ``(B)``, ``B.``, ``**B**``, ``B) 42``, not ``A dog``."""
+def _ends(text: str) -> list[re.Match[str]]:
+    return list(_SENTENCE_END.finditer(text))
+
+
+def _proves(end: re.Match[str], text: str) -> bool:
+    """Return whether a sentence is over where it seems to end, whatever comes behind the text.
+
+    A point behind a digit may become a decimal point, and an exclamation mark there be a factorial.
+    """
+    seen = text.rstrip() if end[0] == "!" else text
+    return end.end() < len(seen) or not text[: end.start()][-1:].isdigit()
+
+
+def _leading_letter(text: str, *, ended: bool = True) -> str | None:
+    """Return the choice with which a sentence begins: ``(B)``, ``B.``, ``**B**``, ``B) 42``, not ``A dog``.
+
+    If the text has not ended, a letter at its end may be the first of a word.
+    """
     text = re.sub(
         r"^(?:(?:the\s+)?(?:option|choice)\s+|[*$`\s]|\\\(|\\boxed\{|\\text\{)+", "", text, flags=re.IGNORECASE
     )
     if found := re.match(r"[(\[]\s*([A-Za-z])\s*[)\]]", text):
         return found[1].upper()
-    if found := re.match(r"([A-Z])(?:[).:,;*$}`]|\s*$|\s+(?:because|since|as|which|-|–|—)\b)", text):
+    found = re.match(r"([A-Z])(?:[).:,;*$}`]|\s*$|\s+(?:because|since|as|which|-|–|—)\b)", text)
+    if found and (ended or found.end() < len(text) or re.search(r"[^\w\s]\Z", found[0])):
         return found[1]
     return None
 

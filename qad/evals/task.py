@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from qad.final_answer import Kind
 
-JUDGING = 2
+JUDGING = 3
 """Number of the rules by which texts are judged, to be raised whenever a verdict may come out otherwise: what an answer
 is (``qad.final_answer``), which are the same, how tasks score. Kept verdicts of other rules are then made anew."""
 
