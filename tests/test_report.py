@@ -443,6 +443,11 @@ def test_an_unfinished_run_and_a_line_that_is_being_written(made: Made, tmp_path
             lambda v: [v],
             r"JSON of another kind \(a list\): the report takes run folders and what `qad bench",
         ),
+        (
+            "evaluation",
+            lambda v: v["rows"][0]["metrics"]["accuracy"].update(value=7.5),
+            r"rows\[0\].metrics.accuracy.value is 7.5, not a share from 0 to 1",
+        ),
         ("quality", lambda v: v.update(kind="think", skip=1, rows=1) or v.pop("teacher"), "it calls itself 'think'"),
     ],
 )

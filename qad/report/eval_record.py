@@ -207,8 +207,14 @@ def _estimates(fields: Fields) -> dict[str, Estimate]:
     return {name: _estimate(fields.child(name)) for name in fields.names()}
 
 
+def _shares(fields: Fields) -> dict[str, Estimate]:
+    for name in fields.names():
+        fields.child(name).share("value")
+    return _estimates(fields)
+
+
 def _row(fields: Fields) -> EvalRow:
-    curve = _estimates(fields.child("pass"))
+    curve = _shares(fields.child("pass"))
     calibration, similarity, failures = (
         fields.child("calibration"),
         fields.child("similarity"),
@@ -222,7 +228,7 @@ def _row(fields: Fields) -> EvalRow:
         label=fields.maybe_text("label"),
         items=fields.whole("items"),
         k=fields.whole("k"),
-        metrics=_estimates(fields.child("metrics")),
+        metrics=_shares(fields.child("metrics")),
         costs=_estimates(fields.child("costs")),
         curve={fields.as_whole(size, "pass"): one for size, one in curve.items()},
         baseline=fields.child("baseline").number("value") if fields.has("baseline") else None,
@@ -237,14 +243,12 @@ def _row(fields: Fields) -> EvalRow:
 def _calibration(fields: Fields) -> Calibration:
     fit = fields.child("fit")
     told = fit.text("reason") if fit.has("reason") else fit.child("curve").text("kind")
-    bins = [
-        Bin(one.whole("count"), one.number("confidence"), one.number("accuracy")) for one in fields.children("bins")
-    ]
+    bins = [Bin(one.whole("count"), one.share("confidence"), one.share("accuracy")) for one in fields.children("bins")]
     return Calibration(
         fields.whole("answers"),
-        fields.number("ece"),
-        fields.number("brier"),
-        fields.number("base"),
+        fields.share("ece"),
+        fields.share("brier"),
+        fields.share("base"),
         tuple(bins),
         told,
         fit.child("before").number("ece") if fit.has("before") else None,

@@ -73,6 +73,12 @@ class Fields:
         """Return a finite number from 0 on, None where there is none."""
         return self.amount(name) if self.has(name) else None
 
+    def share(self, name: str) -> float:
+        """Return a number from 0 to 1, or none (NaN) where nothing was counted."""
+        value = self.number(name)
+        self.require(not (value < 0 or value > 1), name, "not a share from 0 to 1")
+        return value
+
     def positive(self, name: str) -> float:
         """Return a finite number above 0, as rates and times are."""
         value = self.number(name)
