@@ -59,6 +59,8 @@ _SENTENCE_END = re.compile(r"(?<=\S)(?:[.;?]|!(?!\s*=))(?=\s|$|\*)|\n")
 _OPERATOR_LAST = re.compile(
     r"(?:=|≈|<|>|\\(?:times|cdot|div|pm|approx|frac|sqrt)|(?:(?:^|[^\w.,])[\d.,]*|[\s)}\]])[-−+/^×÷·±]|(?<=\s)\*)\s*\Z"
 )
+# What a calculation is written with, and what makes it one.
+_CALCULATION = re.compile(r"(?=.*\d\s*[-−+*/^×÷·]\s*\(*\d)[-−+*/^×÷·().,\d\s]+")
 # Signs of formulas around nothing.
 _NO_FORMULA = re.compile(r"\$\$\s*\$\$|\$\s*\$|\\\(\s*\\\)|\\\[\s*\\\]")
 _LONGEST_PHRASE = 80
@@ -264,6 +266,9 @@ def _from_sentence(text: str, kind: Kind | None, *, ended: bool) -> str | None:
     if number(tidy) is not None:
         return tidy
     last = _tidy(tidy.rpartition("=")[2])
+    if len(last) <= _LONGEST_PHRASE and _CALCULATION.fullmatch(last):
+        # Its first number is no answer: as a formula it has its value.
+        return last
     numbers = _NUMBER.findall(last)
     if numbers and (len(last.split()) > 1 or "=" in tidy):
         return numbers[0].strip()
