@@ -246,6 +246,12 @@ def test_a_crash_is_the_programs_own(crash: str) -> None:
 
 
 @needs_sandbox
+def test_a_signal_that_ended_a_program_is_named() -> None:
+    done = run("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert (done.status, done.ended) == (-signal.SIGKILL, "the program ended: SIGKILL")
+
+
+@needs_sandbox
 def test_killing_all_it_sees_kills_nothing_here() -> None:
     with subprocess.Popen(["sleep", "60"]) as bystander:
         run("import os, signal\nfor pid in range(2, 40000):\n    try: os.kill(pid, 9)\n    except OSError: pass")

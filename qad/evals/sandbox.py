@@ -75,7 +75,7 @@ class Run:
         status: Its exit status; negative: the signal that ended it; None: it was ended from outside.
         stdout: What it printed, up to the limit.
         stderr: What it printed as errors, up to the limit.
-        ended: Why it was ended, empty if it ended by itself.
+        ended: Why it was ended, or by which signal; empty if it ended by itself.
     """
 
     status: int | None
@@ -252,7 +252,7 @@ def _run(source: str, stdin: str, limits: Limits) -> Run:
                 status = _status(process.wait(max(0.0, deadline - time.monotonic())))
             except subprocess.TimeoutExpired:
                 ended = "time"
-        if status is not None and status == -signal.SIGXCPU:
+        if status is not None and status < 0:
             reason = _how_it_ended(status, limits)
         else:
             reason = {
