@@ -137,6 +137,9 @@ def test_the_paired_comparison_is_the_one_worked_by_hand(evaluated: tuple[dict[s
     # Of seven throws of a coin, five or more of one side: 2 (21 + 7 + 1) / 128.
     assert accuracy["mcnemar"]["p"] == pytest.approx(58 / 128)
     assert accuracy["verdict"] == "open"
+    # Every difference has one test, by what its values are.
+    tests = {one["metric"]: (one["mcnemar"], one["sign_flip"]) for one in found["differences"]}
+    assert all((first is None) != (second is None) for first, second in tests.values())
     (own,) = (one for one in values["comparisons"] if one["task"] == "own")
     assert {one["verdict"] for one in own["differences"]} == {"worse"}
     (both,) = (one for one in values["comparisons"] if one["task"] == "all tasks")

@@ -197,6 +197,56 @@ def test_paired_differences_are_scipys_bootstrap() -> None:
     assert found.mcnemar is None
 
 
+def _flipped_by_hand(change: list[float]) -> float:
+    """Go through all ways to choose signs and count the sums that are as far from 0."""
+    ways = [
+        sum(sign * each for sign, each in zip(signs, change, strict=True))
+        for signs in itertools.product((1, -1), repeat=6)
+    ]
+    return sum(abs(way) >= abs(sum(change)) - 1e-12 for way in ways) / len(ways)
+
+
+def test_means_are_told_apart_by_flipped_signs() -> None:
+    # Two items: four ways to choose signs, of which two are as extreme.
+    two = comparing.paired("M@K", [0.5, 1.0], [0.0, 0.0], 0.05)
+    assert two.sign_flip == comparing.SignFlip(2, 0.5, "sign-flip")
+    assert (two.difference.low > 0, two.verdict) == (True, "open")
+    # Thirds, whose sums are not the same to the last bit.
+    change = [1 / 3, 2 / 3, 1 / 3, -1 / 3, 2 / 3, 0.0]
+    found = comparing.sign_flip(np.array(change))
+    assert (found.differ, found.test) == (5, "sign-flip")
+    assert found.p == pytest.approx(_flipped_by_hand(change))
+    assert found.p == 8 / 32  # magnitudes 1, 1, 1, 2, 2: one way to 7, three to 5, and their opposites
+    assert comparing.sign_flip(np.zeros(5)).p == 1.0
+    many = [0.75] * 6 + [0.5] * 6 + [-0.25] * 3
+    assert comparing.paired("M@K", many, [0.0] * 15, 0.05).verdict == "better"
+    assert comparing.paired("M@K", [0.0] * 12, many[:12], 0.05).verdict == "worse"
+
+
+def test_flipped_signs_are_scipys_permutation_test() -> None:
+    generator = np.random.default_rng(8)
+    for items in (9, 40):
+        change = generator.binomial(4, 0.6, items) / 4 - generator.binomial(4, 0.45, items) / 4
+        found = comparing.sign_flip(change)
+        assert found.test == ("sign-flip" if items == 9 else "sign-flip, drawn")
+        expected = scipy.stats.permutation_test((change,), np.mean, permutation_type="samples", rng=generator).pvalue
+        # Drawn: of p = 0.1 and 10,000 draws on both sides one standard deviation is 0.004.
+        assert found.p == pytest.approx(expected, abs=1e-9 if items == 9 else 0.017)
+        assert comparing.sign_flip(change) == found
+
+
+@pytest.mark.parametrize("items", [4, 6, 10])
+def test_equal_models_are_seldom_told_apart(items: int) -> None:
+    generator = np.random.default_rng(items)
+    told = 0
+    for _ in range(400):
+        chance = generator.beta(1, 1, items)
+        one, two = (generator.binomial(4, chance) / 4 for _ in range(2))
+        told += comparing.paired("M@K", one.tolist(), two.tolist(), 0.05).verdict in ("better", "worse")
+    # 5 % of 400 are 20, with a standard deviation of 4.4. The bootstrap alone says so of more than 30.
+    assert told <= 28
+
+
 def test_pairing_sees_what_two_intervals_do_not() -> None:
     # Both are right on the same easy half; the second loses five items more.
     first = [1.0] * 50 + [0.0] * 50
@@ -215,6 +265,9 @@ def test_few_items_prove_no_equality() -> None:
     assert comparing.paired("V@K", one_more, same, 0.05).difference.low >= 0
     assert comparing.paired("V@K", one_more, same, 0.05).verdict == "open"
     assert comparing.paired("V@K", same * 20, same * 20, 0.05).verdict == "as good"
+    # Nor do three means, of which none is worse.
+    means = comparing.paired("M@K", [0.5, 0.5, 0.75], [0.5] * 3, 0.05)
+    assert (means.difference.low, means.verdict) == (0.0, "open")
     four = comparing.paired("V@K", [0.0] * 20, [1.0] * 4 + [0.0] * 16, 0.05)
     # All four favour one side: the bootstrap excludes 0, the exact test does not (p = 1/8).
     assert (four.difference.high < 0, four.verdict) == (True, "open")
@@ -224,10 +277,10 @@ def test_few_items_prove_no_equality() -> None:
 
 # Bonett and Price 2012 (J. Educ. Behav. Stat. 37, 479), equation 8, worked by hand for 5 and 1 of 20.
 def test_bonett_price_by_hand() -> None:
-    found = comparing.bonett_price(5, 1, 20)
+    found = comparing.bonett_price(np.array([1.0] * 5 + [-1.0] + [0.0] * 14))
     one, two = 6 / 22, 2 / 22
     reach = 1.959964 * math.sqrt((one + two - (one - two) ** 2) / 22)
-    assert found.value == 0.2
+    assert found.value == pytest.approx(0.2)
     assert (found.low, found.high) == (pytest.approx(4 / 22 - reach), pytest.approx(4 / 22 + reach))
 
 

@@ -212,6 +212,11 @@ def test_an_evaluation_is_told_as_it_was_stored(made: Made, tmp_path: Path) -> N
         for number, one in enumerate(values["comparisons"][0]["differences"]):
             one["difference"].update(value=-number / 100, low=-0.5, high=0.25)
             one["verdict"] = ("worse", "as good")[number % 2]
+        mean, old, *_ = values["comparisons"][0]["differences"]
+        mean.update(mcnemar=None, sign_flip={"differ": 8, "p": 0.037, "test": "sign-flip"})
+        # As records were before means had a test.
+        old.update(mcnemar=None)
+        del old["sign_flip"]
 
     file = changed(made.evaluation, tmp_path, spread)
     stored = json.loads(file.read_text())
@@ -239,6 +244,8 @@ def test_an_evaluation_is_told_as_it_was_stored(made: Made, tmp_path: Path) -> N
         f"{100 * one['difference']['value']:+.1f} (-50 to +25)" for one in differences
     ]
     assert [line[1] for line in lines] == [("▲ worse", "✓ as good")[n % 2] for n in range(len(differences))]
+    assert [line[6:] for line in lines[:2]] == [["–", "0.0370"], ["–", "–"]]
+    assert "–" not in lines[2][6:]
     _, *lines = [line for line in shown.rows("Wrong items by cause") if len(line) > 1]
     levels = [one for row in stored["rows"] for one in row["failures"]["cells"]]
     assert [line[:8] for line in lines] == [[str(one["level"]), "yes", "10", "3", "2", "0", "0", "1"] for one in levels]

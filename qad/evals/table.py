@@ -155,8 +155,9 @@ def print_differences(console: Console, found: Sequence[Mapping[str, Any]], name
         names.tell(console)
         console.print(
             f"difference in points with its 95 % interval (bootstrap over items); only: right in one of both alone; p: "
-            f"McNemar; as good: at most {100 * margin:g} points worse, whatever in the interval is true; open: these "
-            "items do not tell (~: about how many would)",
+            f"McNemar, of means the permutation test that flips signs; better, worse: interval and p both say so; as "
+            f"good: at most {100 * margin:g} points worse, whatever in the interval is true; open: these items do not "
+            "tell (~: about how many would)",
             style="dim",
         )
 
@@ -166,6 +167,7 @@ _COLOURS = {"better": "green", "worse": "red", "as good": "green", "open": "yell
 
 def _cells(one: Difference) -> list[str]:
     test = one.mcnemar
+    told = test or one.sign_flip
     verdict = one.verdict
     if verdict == "open" and one.items_needed is not None and one.items_needed > one.items:
         verdict += f" ~{one.items_needed}"
@@ -176,7 +178,7 @@ def _cells(one: Difference) -> list[str]:
         f"{100 * one.second:.1f}",
         f"{100 * one.difference.value:+.1f} ({100 * one.difference.low:+.0f} to {100 * one.difference.high:+.0f})",
         _NONE if test is None else f"{test.only_first}:{test.only_second}",
-        _NONE if test is None else f"{test.p:.2g}",
+        _NONE if told is None else f"{told.p:.2g}",
         f"[{_COLOURS[one.verdict]}]{verdict}[/]",
     ]
 

@@ -77,7 +77,7 @@ def _pairs(made: Section, record: EvalRecord, number: int) -> None:
                 (
                     *("metric", "verdict", "items", "first", "second", "difference, points"),
                     "only one right",
-                    "p (McNemar)",
+                    "p (McNemar, or of flipped signs)",
                 ),
                 [Group(short_task(task), [_row(one) for one in differences if one.task == task]) for task in tasks],
                 words=2,

@@ -104,7 +104,10 @@ class EvalRow:
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second model in one metric, item by item; ``p`` of McNemar's test and what one alone has right."""
+    """First minus second model in one metric, item by item; ``p`` of its test and what one alone has right.
+
+    The test is McNemar's where answers are right or wrong, else that of flipped signs, which older records lack.
+    """
 
     task: str
     first_model: str
@@ -275,6 +278,7 @@ def _level(fields: Fields) -> Level:
 
 def _difference(pair: Fields, fields: Fields) -> Difference:
     test = fields.child("mcnemar") if fields.has("mcnemar") else None
+    told = test or (fields.child("sign_flip") if fields.has("sign_flip") else None)
     return Difference(
         task=pair.text("task"),
         first_model=pair.text("first"),
@@ -286,7 +290,7 @@ def _difference(pair: Fields, fields: Fields) -> Difference:
         difference=_estimate(fields.child("difference")),
         only_first=test.whole("only_first") if test else None,
         only_second=test.whole("only_second") if test else None,
-        p=test.number("p") if test else None,
+        p=told.number("p") if told else None,
         verdict=fields.text("verdict"),
         margin=fields.number("margin"),
         items_needed=fields.whole("items_needed") if fields.has("items_needed") else None,
