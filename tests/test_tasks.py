@@ -231,6 +231,45 @@ def test_a_file_says_how_it_is_judged_by_its_solutions(tmp_path: Path) -> None:
     assert task.score(task.items[0], "The answer is Paris.").correct
 
 
+def test_a_file_asks_nothing_twice_but_what_differs_to_the_letter(tmp_path: Path) -> None:
+    prompts = ["Is 'A' a capital?", "Is 'a' a capital?", " Is 'A' a capital?\n", "Is 'A'  a capital?", "Is 'B' one?"]
+    rows = [{"prompt": text, "solution": answer} for text, answer in zip(prompts, "ynyyy", strict=True)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    task = tasks.load(path)
+    assert [item.prompt for item in task.items] == [prompts[index] for index in (0, 1, 3, 4)]
+    assert [item.solution for item in task.items] == list("ynyy")
+    assert "1 of 5 rows have prompt and solution of an earlier row: left out" in task.notes
+    # The limit counts what is asked.
+    assert [item.prompt for item in tasks.load(path, limit=3).items] == [prompts[index] for index in (0, 1, 3)]
+
+
+TESTED = {"prompt": "f", "task": "code", "meta": {"tests": "f(1)"}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fault"),
+    [
+        ({"prompt": "a", "solution": "4"}, {"prompt": "a ", "solution": 5}, r"another `solution` \('4' and '5'\)"),
+        ({"prompt": "a", "solution": "4", "task": "text"}, {"prompt": "a", "solution": "4"}, "another `task`"),
+        (TESTED, {**TESTED, "meta": {"tests": "f(2)"}}, "other tests in `meta`"),
+        (TESTED, {**TESTED, "solution": "f = abs", "meta": {"tests": "f(1)", "from": "me"}}, None),
+        ({"prompt": "a", "solution": "4"}, {"prompt": "a", "solution": " 4 ", "level": 2, "task": "math"}, None),
+    ],
+)
+def test_rows_that_contradict_one_another_are_refused(
+    first: dict[str, Any], second: dict[str, Any], fault: str | None, tmp_path: Path
+) -> None:
+    between = {"prompt": "b", "solution": "4", "task": "math"}
+    path = str(write_rows(tmp_path / "rows.jsonl", [first, between, second]))
+    if fault is None:
+        assert len(tasks.load(path).items) == 2
+        return
+    # Whatever is asked of the file: the row that is asked is as doubtful as the other.
+    for limit in (None, 1):
+        with pytest.raises(UserError, match=f"rows.jsonl, row 1 and .*, row 3 have the same prompt and {fault}"):
+            tasks.load(path, limit=limit)
+
+
 NUMBERS, LETTERS, WORDS = ["4", "1/2"], ["A", "C"], ["Paris", "7"]
 SAID = {"math": "as mathematics (their", "choice": "as choices (their", "text": "as text (their"}
 
@@ -823,6 +862,21 @@ def test_a_file_may_hold_tests_of_code(tmp_path: Path) -> None:
     assert task.kind == "code"
     assert task.score(task.items[0], code_block("def f(x):\n    return x + 1")).correct
     assert not task.score(task.items[0], code_block("def f(x):\n    return x")).correct
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("before", "argument"),
+    [("", "lambda x: x"), ("def g(x): return x\n", "g"), ("class A: pass\n", "[A()]"), ("", "(x for x in [1])")],
+)
+def test_tests_that_pass_functions_are_said_to_judge_nothing(before: str, argument: str, tmp_path: Path) -> None:
+    # Tests may catch errors of the program, but this is none.
+    tests = f"{before}try:\n    f({argument})\nexcept Exception:\n    pass\n"
+    rows = [{"prompt": "Write f.", "task": "code", "meta": {"tests": tests}}]
+    task = tasks.load(str(write_rows(tmp_path / "rows.jsonl", rows)))
+    found = task.score(task.items[0], code_block("def f(x):\n    return 1"))
+    assert not found.correct
+    assert found.detail.startswith("cannot be judged: the tests pass f what is no plain data (")
 
 
 def test_a_form_is_kept_or_not() -> None:

@@ -177,9 +177,29 @@ def _result(channel: int) -> object:
     raise raised
 
 
+class _RequestPickler(pickle.Pickler):
+    """Refuses what the tests define themselves, which the program's side could not find."""
+
+    def reducer_override(self, obj):
+        if isinstance(obj, types.FunctionType | type) and obj.__module__ == "tests":
+            raise pickle.PicklingError(f"{obj.__qualname__} is the tests' own")
+        return NotImplemented
+
+
+def _request(call: tuple[object, ...]) -> bytes:
+    buffer = io.BytesIO()
+    _RequestPickler(buffer, protocol=4).dump(call)
+    return buffer.getvalue()
+
+
 def _stand_in(channel: int, name: str) -> object:
     def call(*arguments: object, **keywords: object) -> object:
-        _send(channel, pickle.dumps((name, arguments, keywords), protocol=4))
+        try:
+            request = _request((name, arguments, keywords))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            # Not the program's fault, and nothing that a test may catch.
+            raise _Failed(f"cannot be judged: the tests pass {name} what is no plain data ({error})") from None
+        _send(channel, request)
         return _result(channel)
 
     call.__name__ = name

@@ -1,8 +1,9 @@
 """The tasks by their names, and files of questions.
 
 A name stands for a published set (``gsm8k``, ``ifeval``, …), for a task of reasoning-gym at a level of difficulty
-(``reasoning_gym:chain_sum@2``), or for a file (``FILE.jsonl``). In each, a question that comes twice (white space and
-case aside) is asked once, with its first solution.
+(``reasoning_gym:chain_sum@2``), or for a file (``FILE.jsonl``). In each, a question that comes twice is asked once: in
+published sets with its first solution, white space and case aside, in files to the letter and where both solutions
+agree.
 """
 
 from pathlib import Path

@@ -28,7 +28,8 @@ def item_id(source: str | int, prompt: str) -> str:
 def distinct(items: Iterable[Item], others: Iterable[Item] = ()) -> list[Item]:
     """Return the items without those that ask what ``others`` or an earlier one of them asks.
 
-    White space and case aside. This keeps a training split apart from the test that it is followed by.
+    White space and case aside: published sets repeat questions with such changes, and a training split shall ask
+    nothing that its test asks. Not for files of users, where case may be what is asked about.
     """
     seen = {digest(item.prompt) for item in others}
     kept = []

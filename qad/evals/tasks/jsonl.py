@@ -8,8 +8,12 @@ The rows without a ``task`` are compared in one way, which their own solutions s
 letter, as mathematics if each is a number, else as text. One way for all, because answers of a single kind can be
 voted on, and because a number among words is a word. It is the same whatever the other rows declare and however many
 rows are asked, and ``MixedTask.notes`` tells it.
+
+A prompt that comes twice, to the letter (white space at its ends aside), is asked once. The second row has to agree in
+the solution or, of code, in the tests: which of two is right nobody could say.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +22,7 @@ from qad.errors import UserError
 from qad.evals.task import Item, Task
 from qad.evals.tasks import procedural, programs
 from qad.evals.tasks.forms import AS_GIVEN
-from qad.evals.tasks.items import ComparedTask, MixedTask, distinct, item_id, mixed
+from qad.evals.tasks.items import ComparedTask, MixedTask, item_id, mixed
 from qad.evals.tasks.rows import read_rows
 from qad.final_answer import Kind, number
 
@@ -75,10 +79,11 @@ _SAID = {
 
 
 def load(path: Path, *, limit: int | None = None) -> MixedTask:
-    """Return the rows of a file as a task.
+    """Return the rows of a file as a task: the first ``limit`` that ask something new.
 
     Raises:
-        UserError: The file is unreadable, or a row lacks a column, has a value of another type or an unknown ``task``.
+        UserError: The file is unreadable, a row lacks a column, has a value of another type or an unknown ``task``, or
+            contradicts another row.
     """
     rows = read_rows(path)
     solutions = [_text(row, "solution", where) for where, row in rows]
@@ -86,26 +91,64 @@ def load(path: Path, *, limit: int | None = None) -> MixedTask:
     undeclared = [row.get("task") in (None, "") for _, row in rows]
     # Of the whole file: a limit shall not change how the first rows are compared.
     guessed = _guessed([text for text, free in zip(solutions, undeclared, strict=True) if free and text])
+    named = [guessed if free else row["task"] for (_, row), free in zip(rows, undeclared, strict=True)]
+    first_rows = _first_rows(rows, solutions, named)
+    asked = first_rows[:limit]
     items: list[Item] = []
     judges: dict[str, Task] = {}
-    for index, ((where, row), solution, free) in enumerate(zip(rows, solutions, undeclared, strict=True)):
-        if index == limit:
-            break
+    for index in asked:
+        where, row = rows[index]
         prompt = _prompt(row, where)
         item = Item(
             id=item_id(index, prompt),
             prompt=prompt,
-            solution=solution or "",
+            solution=solutions[index] or "",
             level=_level(row, where),
             chain=_text(row, "chain", where),
             meta=_meta(row, where),
         )
-        judges[item.id] = _judge(guessed if free else row["task"], item, where)
+        judges[item.id] = _judge(named[index], item, where)
         items.append(item)
-    asked = len(items)
-    count = sum(undeclared[:asked])
-    told = f"{count} of {asked} rows have no `task`: compared as {_SAID[guessed]}"
-    return mixed(path.stem, distinct(items), judges, [told] if count else [])
+    notes = []
+    if count := sum(undeclared[index] for index in asked):
+        notes.append(f"{count} of {len(asked)} rows have no `task`: compared as {_SAID[guessed]}")
+    if repeated := len(rows) - len(first_rows):
+        notes.append(f"{repeated} of {len(rows)} rows have prompt and solution of an earlier row: left out")
+    return mixed(path.stem, items, judges, notes)
+
+
+def _first_rows(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], solutions: Sequence[str | None], named: Sequence[Any]
+) -> list[int]:
+    """Return the indices of the rows whose prompt no earlier row has.
+
+    Raises:
+        UserError: Two rows have one prompt, and an answer that is right by one may be wrong by the other.
+    """
+    found: dict[str, int] = {}
+    for index, (where, row) in enumerate(rows):
+        earlier = found.setdefault(_prompt(row, where).strip(), index)
+        fault = None
+        if named[index] != named[earlier]:
+            fault = f"another `task` ({named[earlier]!r} and {named[index]!r})"
+        elif named[index] == "code":
+            if _judged_code(*rows[index]) != _judged_code(*rows[earlier]):
+                fault = "other tests in `meta`"
+        elif (solutions[index] or "").strip() != (solutions[earlier] or "").strip():
+            fault = f"another `solution` ({_short(solutions[earlier])} and {_short(solutions[index])})"
+        if fault:
+            raise UserError(
+                f"{rows[earlier][0]} and {rows[index][0]} have the same prompt and {fault}: keep one of them"
+            )
+    return list(found.values())
+
+
+def _judged_code(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in _meta(row, where).items() if name in ("tests", "setup", "head", "name")}
+
+
+def _short(solution: str | None) -> str:
+    return textwrap.shorten(repr(solution), 60, placeholder="…")
 
 
 def _judge(judge: Any, item: Item, where: str) -> Task:
