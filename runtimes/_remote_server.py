@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from qad.errors import UserError, unknown_name
+from qad.errors import Unreachable, UserError, unknown_name
 from qad.runtimes import plain_url
 
 KEY = "QAD_API_KEY"
@@ -135,6 +135,10 @@ OTHER = Kind("a server", "", rule=False)
 _KINDS = (LLAMA_SERVER, LLAMA_CPP_PYTHON, VLLM)
 
 
+# What tells one model from another in a server's list: its name; vLLM's words for where its weights and, of an adapter,
+# those below it came from; of llama-server's ``meta`` what follows from the file, unlike the context or the time.
+_TOLD = ("id", "root", "parent", "size", "n_params", "n_vocab", "n_embd")
+
 # Name in a server's refusal -> what is left out then.
 _OPTIONAL = {"logprobs": {"logprobs", "top_logprobs"}, "stream_options": {"stream_options"}}
 
@@ -158,6 +162,7 @@ class Server:
     Attributes:
         address: Where it is.
         model: Name of the model.
+        served: What it tells of that model: ``id`` and others of ``_TOLD``. Empty where it names none.
         kind: What is known of the server's kind.
         context: Tokens that prompt and answer may have together, None if it does not tell.
         vocabulary: Number of the model's tokens, None if it does not tell.
@@ -199,7 +204,8 @@ class Server:
             raise
         self.length_word = "max_tokens"
         self.refused: set[str] = set()
-        self.model = str(entry["id"])
+        self.served = _told_of(entry)
+        self.model = str(entry.get("id", self.address.model))
         self.kind = next((kind for kind in _KINDS if kind.owner == entry.get("owned_by")), OTHER)
         self.several = not self.kind.serial
         self.turn = asyncio.Semaphore(1 if self.kind.serial else _MOST_CONNECTIONS)
@@ -210,6 +216,9 @@ class Server:
             props = self.ask(f"{self.address.root}/props")
             settings = props.get("default_generation_settings") if isinstance(props, dict) else None
             self.context = _whole(settings.get("n_ctx") if isinstance(settings, dict) else None)
+            # Its name is the file's without the folder: files of two runs share it.
+            if isinstance(props, dict) and isinstance(props.get("model_path"), str):
+                self.served["path"] = props["model_path"]
 
     def start(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         """Begin work in the server's loop and return its task, which belongs to that loop."""
@@ -263,7 +272,7 @@ class Server:
             return await self.client.get("/models", cast_to=object)
 
     def _find_model(self) -> dict[str, Any]:
-        """Return the entry of the model in the server's list."""
+        """Return the entry of the model in the server's list; an empty one if there is a name and no list."""
         import openai
 
         wanted = self.address.model
@@ -271,7 +280,7 @@ class Server:
             listing = self.wait(self._listing())
         except openai.NotFoundError:
             if wanted is not None:
-                return {"id": wanted}
+                return {}
             raise UserError(
                 f"{self.address.base} has no list of models: is that the address of an OpenAI-compatible server? It "
                 "usually ends in /v1; name the model behind a # if the server has no list"
@@ -366,17 +375,19 @@ class Server:
             return UserError(f"{where} breaks its answers off ({error}): look at its log")
         error = error.__cause__ if isinstance(error, Cut) and error.__cause__ is not None else error
         if _is_unreachable(error):
-            return UserError(
+            return Unreachable(
                 f"nothing at {where} takes a connection within {self._connect_seconds:g} s: the address is wrong, the "
                 f"machine is off, or a firewall or VPN is in between; correct the address, or {_START}"
             )
         if _is_timeout(error):
-            return UserError(
+            return Unreachable(
                 f"{where} said nothing for {silence:g} s: it is overloaded or stuck, or no such server; look at its "
                 "log, ask for fewer trajectories or tokens, or allow more time"
             )
         if _is_connection(error):
-            return UserError(f"no server answers at {where} ({self._reason(error)}): {_START}, or correct the address")
+            return Unreachable(
+                f"no server answers at {where} ({self._reason(error)}): {_START}, or correct the address"
+            )
         if not isinstance(error, openai.APIError):
             return UserError(f"{where} gave an answer that cannot be read ({type(error).__name__}): update the server")
         message = self.scrub(_message(error))
@@ -449,6 +460,13 @@ def _to_cut(text: str, *, special: bool) -> dict[str, Any]:
         "prompt": text,
         "add_special_tokens": special,
     }
+
+
+def _told_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells a model from another one in its entry of a server's list."""
+    meta = entry.get("meta")
+    parts = (meta if isinstance(meta, dict) else {}) | entry
+    return {name: parts[name] for name in _TOLD if isinstance(parts.get(name), str | int)}
 
 
 async def _awaited(work: Any) -> Any:

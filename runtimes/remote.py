@@ -73,6 +73,11 @@ class RemoteSession:
         return f"{self._server.address.base}#{self._server.model}"
 
     @property
+    def served(self) -> dict[str, Any]:
+        """What the server tells of the model, ``id`` first; empty where it names none."""
+        return dict(self._server.served)
+
+    @property
     def kind(self) -> str:
         """Name of the server's program, as far as it is known."""
         return self._server.kind.name

@@ -82,7 +82,9 @@ class Script:
 
     Attributes:
         owner: What it calls itself: ``vllm`` takes and tells tokens.
-        models: Names.
+        models: Names; where there are none, there is no list of them either.
+        told: What else it says of each.
+        props: What llama-server says of itself.
         several: Whether it gives n answers to a request.
         logprobs: Whether it knows log-probabilities; if not, it refuses to be asked for them.
         usage: Whether it counts.
@@ -100,6 +102,8 @@ class Script:
 
     owner: str = "someone"
     models: tuple[str, ...] = ("toy",)
+    told: dict[str, Any] = field(default_factory=dict)
+    props: dict[str, Any] = field(default_factory=dict)
     several: bool = True
     logprobs: bool = True
     usage: bool = True
@@ -121,6 +125,7 @@ class Script:
                 Route("/v1/models", self._list),
                 Route("/v1/completions", self._complete, methods=["POST"]),
                 Route("/v1/chat/completions", self._complete, methods=["POST"]),
+                Route("/props", self._tell),
                 Route("/tokenize", self._tokenize, methods=["POST"]),
                 Route("/detokenize", self._detokenize, methods=["POST"]),
             ]
@@ -139,10 +144,15 @@ class Script:
         if self.loading:
             self.loading -= 1
             return JSONResponse({"error": {"message": "Loading model"}}, 503)
-        entries = [{"id": name, "object": "model", "owned_by": self.owner} for name in self.models]
+        entries = [{"id": name, "object": "model", "owned_by": self.owner, **self.told} for name in self.models]
+        if not entries:
+            return JSONResponse({"error": {"message": "Not Found"}}, 404)
         if self.context is not None:
             entries = [entry | {"max_model_len": self.context} for entry in entries]
         return JSONResponse({"object": "list", "data": entries})
+
+    async def _tell(self, request: Request) -> Response:
+        return JSONResponse(self.props)
 
     async def _tokenize(self, request: Request) -> Response:
         body = await request.json()

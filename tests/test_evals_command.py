@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from qad.evals.compare import compare
 from qad.evals.metrics import CHOSEN, metrics_of
 from qad.evals.names import shortened
 from qad.evals.plots import reliability_plot
-from qad.runtimes import GREEDY, Trajectory, open_model
+from qad.evals.runner import Model
+from qad.runtimes import GREEDY, Trajectory, open_model, remote
 from qad.think import ThinkOptions, think
 from tests.helpers_models import make_artifact, verify_text
-from tests.helpers_server import interrupting
+from tests.helpers_server import Script, interrupting, serving
 
 PROMPTS = [f"Say {index} and {index * 7}." for index in range(8)]
 NEW = 6
@@ -227,6 +229,77 @@ def test_a_setting_that_differs_is_refused_before_anybody_is_asked(
     assert "the same command" not in str(raised.value)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.json*")} == before
     invoke(str(models["teacher"]), str(models["student"]), *common, "--k", "1", "--temperature", "0.0")
+
+
+def test_another_model_behind_the_same_address_gets_no_answers_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A server that is away is not waited for.
+    monkeypatch.setattr(remote, "open", partial(remote.open, retries=0))
+    save_task(tmp_path / "own.jsonl", ["7"] * 8)
+    samples = tmp_path / "samples" / "v1" / "own.jsonl"
+    beside = samples.with_suffix(".json")
+
+    def ask(url: str, *arguments: str) -> str:
+        """Return what is printed, in one line."""
+        return " ".join(
+            invoke(
+                *(url, "--task", str(tmp_path / "own.jsonl"), "--limit", "2", "--k", "1", "--new-tokens", "4"),
+                *("-o", str(tmp_path / "samples"), *arguments),
+            ).split()
+        )
+
+    script = Script(owner="vllm", told={"root": "/models/first"})
+    with serving(script) as url:
+        assert "does not tell" not in ask(url)
+        stored = json.loads(beside.read_text())
+        assert stored["setting"]["served"] == {"address": url, "id": "toy", "root": "/models/first"}
+        kept = samples.read_bytes()
+        asked = len(script.bodies)
+        for changes, told in (
+            ({"models": ("second",)}, "the served model's id: stored toy, asked for second"),
+            ({"told": {"root": "/models/second"}}, "model's root: stored /models/first, asked for /models/second"),
+        ):
+            before = {name: getattr(script, name) for name in changes}
+            for name, value in changes.items():
+                setattr(script, name, value)
+            with pytest.raises(UserError, match=re.escape(told)) as raised:
+                ask(url)
+            assert f"choose another folder with -o, or delete {samples} and own.json" in str(raised.value)
+            for name, value in before.items():
+                setattr(script, name, value)
+        ask(url, "--json", str(tmp_path / "e.json"))
+        assert json.loads((tmp_path / "e.json").read_text())["rows"][0]["served"]["id"] == "toy"
+        # Of before it was noted: it is said, and noted now.
+        del stored["setting"]["served"]
+        beside.write_text(json.dumps(stored))
+        told = f"{samples} does not tell which model of the server its answers are of: they are taken as those of toy"
+        assert told in ask(url)
+        assert told not in ask(url)
+        # A server without a list is told of.
+        script.models = ()
+        named = f"{url}#any"
+        told = f"{named} does not tell which model it serves: kept answers are taken as those of it"
+        assert ask(named).count(told) == 1
+        beside_nameless = tmp_path / "samples" / "v1_any" / "own.json"
+        assert json.loads(beside_nameless.read_text())["setting"]["served"] == {"address": named}
+        assert len(script.bodies) == asked + 2
+    # What is whole needs no server; what is not does.
+    assert "no server answers" in (out := ask(url))
+    assert "until then kept answers are taken as those of its model" in out
+    with pytest.raises(UserError, match="no server answers"):
+        ask(url, "--limit", "3")
+    assert samples.read_bytes() == kept
+    assert json.loads(beside.read_text())["setting"]["served"]["id"] == "toy"
+
+
+def test_a_model_that_changes_behind_its_address_is_noticed_when_it_is_asked() -> None:
+    script = Script()
+    with serving(script) as url, Model(url, "server", {}) as model:
+        assert model.served == {"address": url, "id": "toy"}
+        script.models = ("second",)
+        with pytest.raises(UserError, match=r"tells another model now \(second\) than when this began \(toy\)"):
+            _ = model.session
 
 
 def test_an_interrupt_before_the_first_answer_says_that_nothing_is_kept(

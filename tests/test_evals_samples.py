@@ -173,6 +173,12 @@ DELIBERATING = replace(SETTING, deliberation={"count": 1, "new_tokens": 16, "bud
             None,
         ),
         (
+            replace(SETTING, served={"address": "http://a/v1", "id": "toy", "size": 1}),
+            {"served": {"address": "http://a/v1", "id": "other", "size": 2}},
+            "the served model's id: stored toy, asked for other; the served model's size: stored 1, asked for 2",
+            None,
+        ),
+        (
             # Both begin with the same and end with the same: what is shown is what differs.
             replace(SETTING, model=f"{'x' * 80}/four/{'y' * 200}"),
             {"model": f"{'x' * 80}/eight/{'y' * 200}"},

@@ -424,6 +424,25 @@ def test_addresses_where_nothing_is() -> None:
             assert time.perf_counter() - began < 2
 
 
+def test_what_tells_a_served_model_from_another() -> None:
+    # As llama-server (tools/server/README.md, /v1/models and /props) and vLLM (ModelCard) say it; the time and the
+    # context, with which the same file may be served again, are not of the model.
+    meta = {"vocab_type": 2, "n_vocab": 32, "n_ctx_train": 64, "n_embd": 16, "n_params": 999, "size": 555}
+    card = {"created": 1700000000, "root": "/models/base", "parent": None, "permission": [{"id": "x"}]}
+    for script, served in (
+        (
+            Script(owner="llamacpp", told={"created": 1, "meta": meta}, props={"model_path": "/runs/1/q4.gguf"}),
+            {"id": "toy", "size": 555, "n_params": 999, "n_vocab": 32, "n_embd": 16, "path": "/runs/1/q4.gguf"},
+        ),
+        (Script(owner="vllm", told=card, context=40), {"id": "toy", "root": "/models/base"}),
+        (Script(), {"id": "toy"}),
+    ):
+        with serving(script) as url, remote.open(url) as session:
+            assert session.served == served
+    with serving(Script(models=())) as url, remote.open(url + "#any") as session:
+        assert session.served == {}
+
+
 def test_a_server_that_starts_is_waited_for() -> None:
     script = Script(loading=2)
     with serving(script) as url, remote.open(url) as session:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from qad import interrupts
-from qad.errors import UserError
+from qad.errors import Unreachable, UserError
 from qad.evals import calibration, results, table, tasks
 from qad.evals.calibration import Judged, confidence_of
 from qad.evals.chains import likeness_to_samples, likeness_to_solutions
@@ -24,7 +24,7 @@ from qad.evals.record import write_record
 from qad.evals.results import Result
 from qad.evals.runner import Asking, Model, run_task
 from qad.evals.samples import SampleFile
-from qad.evals.setting import Mismatch, Setting, agreed
+from qad.evals.setting import Mismatch, Setting, agreed, names_served
 from qad.evals.shift import LABELS, Label, shift_of
 from qad.evals.task import Task
 from qad.evals.text import chunks_of, text_quality
@@ -174,6 +174,8 @@ class Evaluation:
             UserError: A model, a judge or the disk fails; what was answered is kept.
         """
         for model in self._models:
+            if self._tasks and is_url(model.source):
+                self._identify(model)
             for _, task in self._tasks:
                 # The last of them before hours are spent on the first.
                 agreed(self._place(model, task), self._setting(model, task))
@@ -182,6 +184,28 @@ class Evaluation:
                 for request, task in self._tasks:
                     self._run_task(model, request, task)
                 self._read_text(model)
+
+    def _identify(self, model: Model) -> None:
+        """Find out which model a server has, and say so where it, or kept answers, do not tell."""
+        places = [self._place(model, task) for _, task in self._tasks]
+        try:
+            served = model.served or {}
+        except Unreachable as error:
+            if not any(place.is_file() and place.stat().st_size for place in places):
+                raise
+            # What is kept needs no model, to be shown or judged anew.
+            self._say(f"{error}; until then kept answers are taken as those of its model")
+            model.settle()
+            return
+        if "id" not in served:
+            self._say(f"{model.source} does not tell which model it serves: kept answers are taken as those of it")
+            return
+        for place in places:
+            if not names_served(place):
+                self._say(
+                    f"{place} does not tell which model of the server its answers are of: they are taken as those of "
+                    f"{served['id']}, which it serves now; choose another folder with -o if they are not"
+                )
 
     def _run_task(self, model: Model, request: TaskRequest, task: Task) -> None:
         options = self._options
@@ -235,6 +259,7 @@ class Evaluation:
             "model": model.name,
             "file": model.source,
             "sha256": model.sha256,
+            "served": model.served,
             "task": task.name,
             "label": request.label,
             "items": len(found),

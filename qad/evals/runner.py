@@ -68,6 +68,7 @@ class Asking:
             deliberation=own if self.deliberations else None,
             kind=task.kind,
             kv_type=model.kv_type,
+            served=model.served,
         )
 
 
@@ -93,23 +94,57 @@ class Model:
         self.name = name
         if not is_url(source) and not Path(source).exists():
             raise UserError(f"{source} is missing: give an exported file, a run, a model folder or a server's address")
-        # Which weights a server has, it does not tell: its address stands for them.
+        # Which weights a server has, it does not tell: its address and what it tells of them stand for them.
         self.sha256 = (
             hashlib.sha256(plain_url(source).encode()).hexdigest() if is_url(source) else digest(Path(source))[0]
         )
         self.kv_type: str = options.get("kv_type", "f16")
         self._options = options
         self._session: Session | None = None
+        self._served: dict[str, Any] | None = None
+
+    @property
+    def served(self) -> dict[str, Any] | None:
+        """The server's address and what it tells of the model, for which it is asked once; None of other models.
+
+        Raises:
+            Unreachable: The server does not answer; see ``settle``.
+            UserError: It has no such model.
+        """
+        if self._served is None and is_url(self.source):
+            kept = self._session is not None
+            told = self._told(self.session)
+            if not kept:
+                self.close()
+            self._served = told
+        return self._served
+
+    def settle(self) -> None:
+        """Take a server that does not answer for what its address says; it is not asked anything then."""
+        self._served = {"address": plain_url(self.source)}
+
+    def _told(self, session: Session) -> dict[str, Any]:
+        from qad.runtimes.remote import RemoteSession
+
+        assert isinstance(session, RemoteSession)
+        return {"address": plain_url(self.source), **session.served}
 
     @property
     def session(self) -> Session:
         """The opened model.
 
         Raises:
-            UserError: It cannot be opened.
+            UserError: It cannot be opened, or a server tells another model than before.
         """
         if self._session is None:
-            self._session = open_model(self.source, **self._options)
+            session = open_model(self.source, **self._options)
+            if self._served is not None and (told := self._told(session)) != self._served:
+                session.close()
+                raise UserError(
+                    f"{self.source} tells another model now ({told.get('id', 'none')}) than when this began "
+                    f"({self._served.get('id', 'none')}): give the command again, which says what is kept of which"
+                )
+            self._session = session
         return self._session
 
     def close(self) -> None:

@@ -30,6 +30,8 @@ class Setting:
         deliberation: How deliberations were made; None while there is none.
         kind: How two answers are compared; it is noted for who reads the samples without the task.
         kv_type: Type of the key-value cache.
+        served: Of a model of a server ``address``, and what the server tells of it: ``id`` and what else it knows. None
+            for others, and of before it was noted.
     """
 
     task: str
@@ -42,6 +44,7 @@ class Setting:
     deliberation: dict[str, Any] | None = None
     kind: Kind | None = None
     kv_type: str = "f16"
+    served: dict[str, Any] | None = None
 
 
 _WORDS = {
@@ -49,6 +52,7 @@ _WORDS = {
     "task_seed": "the task's seed",
     "model": "the model's name",
     "sha256": "the SHA-256 of the model's file",
+    "served": "the served model's",
     "k": "k",
     "sampling": "the sampling's",
     "new_tokens": "the number of new tokens",
@@ -131,8 +135,8 @@ def _stored(path: Path) -> dict[str, Any] | None:
         stored = json.loads(beside.read_text(encoding="utf-8"))
         if stored["format"] != FORMAT:
             raise UserError(f"{beside} has format {stored['format']!r}, not {FORMAT}: made by another qad")
-        # Files of before it could be chosen do not tell the type of the cache.
-        setting = {"kv_type": "f16", **stored["setting"]}
+        # Files of before it could be chosen do not tell the type of the cache, and earlier ones no served model.
+        setting = {"kv_type": "f16", "served": None, **stored["setting"]}
         _flat(setting)
         return setting
     except FileNotFoundError:
@@ -164,9 +168,23 @@ def agreed(path: Path, setting: Setting) -> Setting:
     if wanted["deliberation"] is None or known["deliberation"] is None:
         # One of both has none: nothing to disagree about.
         wanted["deliberation"] = known["deliberation"] = wanted["deliberation"] or known["deliberation"]
+    if wanted["served"] or known["served"]:
+        # What one of both does not tell, as a server that is away or of another version, is no difference.
+        ours, theirs = wanted["served"] or {}, known["served"] or {}
+        wanted["served"], known["served"] = theirs | ours, ours | theirs
     if error := _mismatch(path, known, wanted):
         raise error
     return Setting(**wanted)
+
+
+def names_served(path: Path) -> bool:
+    """Return whether a file of samples tells which model of a server made it; also if there are no samples yet.
+
+    Raises:
+        UserError: What says so is missing or damaged.
+    """
+    known = _stored(path)
+    return known is None or "id" in (known["served"] or {})
 
 
 def setting_beside(path: Path) -> Setting:
