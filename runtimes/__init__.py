@@ -21,7 +21,7 @@ from qad import export
 from qad.errors import UserError, unknown_name
 from qad.runtimes._memory import check_weights
 from qad.runtimes._sampling import GREEDY, Sampling, choose
-from qad.runtimes._trajectories import Lost, OnToken, Step, Trajectory, Work
+from qad.runtimes._trajectories import Lost, OnToken, Reason, Step, Trajectory, Work
 
 __all__ = [
     "ARTIFACT",
@@ -32,6 +32,7 @@ __all__ = [
     "Lost",
     "OnToken",
     "Piece",
+    "Reason",
     "Runtime",
     "Sampling",
     "Session",

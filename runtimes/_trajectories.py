@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qad.errors import UserError
 from qad.runtimes._sampling import Chooser, Sampling, choose_rows, generators
 
-Reason = Literal["stop", "length", "context", "dropped", "lost"]
+Reason = Literal["stop", "length", "context", "dropped", "lost", "interrupted"]
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Trajectory:
         text: Text of the tokens without special ones; it ends before a stop text.
         reason: ``stop``: the model ended its answer, or a stop text came; ``length``: it has the tokens asked for;
             ``context``: no room for another token; ``dropped``: the callback dropped it; ``lost``: its server went
-            away (see ``Lost``).
+            away (see ``Lost``); ``interrupted``: it was running when an interrupt ended the call, which who catches the
+            interrupt says.
         prompt_tokens: Of the prompt, those that were in the cache already included.
         prompt_seconds: From the call until the prompt was read; the same for all k.
         first_seconds: From the call until the first token was chosen.

@@ -446,8 +446,10 @@ def test_too_small_a_context(quick: llamacpp.LlamaSession) -> None:
 @pytest.mark.parametrize("method", ["vote", "deliberate"])
 def test_an_interrupt_leaves_what_had_ended(quick: llamacpp.LlamaSession, method: str) -> None:
     ended: list[int] = []
+    states: dict[int, str] = {}
 
     def impatient(event: Event) -> None:
+        states[event.index] = event.state
         if event.state == "stop":
             ended.append(event.index)
         elif len(ended) == 2 and event.state == "running":
@@ -457,7 +459,8 @@ def test_an_interrupt_leaves_what_had_ended(quick: llamacpp.LlamaSession, method
     thought = think(quick, "Hi?", options, kind="text", on_event=impatient)
     assert thought.interrupted
     assert [one.index for one in thought.trajectories if one.reason == "stop"] == sorted(ended)
-    assert {one.reason for one in thought.trajectories if one.index not in ended} == {"dropped"}
+    assert {one.reason for one in thought.trajectories if one.index not in ended} == {"interrupted"}
+    assert states == {one.index: one.reason for one in thought.trajectories}
     assert thought.deliberations == []
     assert thought.vote is not None
     assert sum(thought.vote.counts.values()) == 2
@@ -468,6 +471,27 @@ def test_an_interrupt_leaves_what_had_ended(quick: llamacpp.LlamaSession, method
     assert tokens([whole.trajectories[index] for index in ended]) == tokens(
         [thought.trajectories[index] for index in ended]
     )
+
+
+@needs_llama
+def test_an_engine_that_fails_loses_what_ran(quick: llamacpp.LlamaSession) -> None:
+    ended: list[int] = []
+    states: dict[int, str] = {}
+
+    def fail(event: Event) -> None:
+        states[event.index] = event.state
+        if event.state == "stop":
+            ended.append(event.index)
+        elif len(ended) == 2 and event.state == "running":
+            raise UserError("no memory left")
+
+    options = ThinkOptions(k=6, method="vote", sampling=cool(1), certainty=None, **BRIEF)  # type: ignore[arg-type]
+    thought = think(quick, "Hi?", options, kind="text", on_event=fail)
+    assert not thought.interrupted
+    assert {one.reason for one in thought.trajectories if one.index not in ended} == {"lost"}
+    assert states == {one.index: one.reason for one in thought.trajectories}
+    assert thought.vote is not None
+    assert sum(thought.vote.counts.values()) == 2
 
 
 @needs_llama
@@ -506,10 +530,14 @@ def test_an_interrupt_before_anything_ended_shows_how_far_it_came(
         assert "interrupted: 0 of 5 trajectories had ended, 15 tokens were sampled; there is nothing to judge" in err
         shown = "trajectory 2, not ended, 5 tokens:\n" + thought.trajectories[1].text.strip()
         assert (shown in err) == unfinished
+        # Stopped early is what a vote that is decided does.
+        assert "0 of 5 trajectories ended, 3 interrupted, 2 not begun" in err
+        assert "stopped" not in err
     write_json(tmp_path / "o.json", thought, source="m", question="Hi?", options=options, command="qad think")
     told = json.loads((tmp_path / "o.json").read_text())
     assert told["interrupted"]
     assert [row["text"] for row in told["trajectories"]] == [one.text for one in thought.trajectories]
+    assert [row["reason"] for row in told["trajectories"]] == ["interrupted"] * 3
 
 
 @needs_llama

@@ -19,7 +19,7 @@ from qad import interrupts
 from qad.algebra import is_installed
 from qad.errors import UserError
 from qad.final_answer import Kind, answer_of, groups, strip_thinking
-from qad.runtimes import Sampling, Session, Step, Trajectory, Work
+from qad.runtimes import Reason, Sampling, Session, Step, Trajectory, Work
 from qad.think.confidence import Running, weight
 from qad.think.consensus import chance_unchanged, is_decided
 from qad.think.deliberate import Draft, check_room, make_prompt
@@ -33,8 +33,11 @@ Printer = Callable[[str], str | None]
 Scorer = Callable[[str, str], float]
 """Returns how good a text is as an answer to a question: of a reward model, higher is better."""
 
-State = Literal["running", "stop", "length", "context", "lost", "dropped", "spared"]
+State = Literal["running", "stop", "length", "context", "lost", "dropped", "interrupted", "spared"]
 """What is known of a trajectory: that it runs, why it ended (see ``Trajectory``), or that it was never begun."""
+
+# Reasons of trajectories that did not come to an end of their own: they have no vote.
+UNENDED = ("dropped", "lost", "interrupted")
 
 # Trajectories that must have ended before another is dropped for its confidence.
 _ENDED_BEFORE_DROPPING = 3
@@ -77,7 +80,8 @@ class Thought:
         text: The reply: of the representative of a vote, of the best, or of the deliberation, without its thoughts.
         method: That gave it; never ``auto``.
         vote: Over trajectories, or over deliberations; None where nothing was voted on.
-        trajectories: Those that were begun, by index. Those with the reason ``dropped`` have no vote.
+        trajectories: Those that were begun, by index. Those with the reason ``dropped``, ``lost`` or
+            ``interrupted`` have no vote.
         answers: Of each trajectory.
         confidences: Of each trajectory, a mean log-probability.
         deliberations: Of all rounds, in order.
@@ -344,13 +348,13 @@ class _State:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    reason: Literal["stop", "length", "context", "dropped", "lost"] | None = None
+    reason: Reason | None = None
     answer: str | None = None
 
     @property
     def ended(self) -> bool:
         """Whether it has ended by itself."""
-        return self.reason not in (None, "dropped", "lost")
+        return self.reason is not None and self.reason not in UNENDED
 
 
 class _NoConfidence(UserError):
@@ -403,8 +407,9 @@ class _Pool:
         except KeyboardInterrupt:
             # Between two calls of the engine, while answers were compared.
             self.interrupted = True
-            begun = range(len(self.trajectories), len(self.states))
-            self.trajectories += [self._cut_off(index, 0.0) for index in begun]
+            for index in range(len(self.trajectories), len(self.states)):
+                self.trajectories.append(self._cut_off(index, 0.0))
+                self.states[index].reason = self.trajectories[-1].reason
         for index in range(len(self.trajectories), k):
             self._tell(index, None, "", "spared")
 
@@ -443,14 +448,20 @@ class _Pool:
         for trajectory in made:
             state = self.states[trajectory.index]
             if state.reason is None:
-                state.reason = "dropped"
-                self._tell(trajectory.index, state, "", "dropped")
+                state.reason = self._why_unended()
+                self._tell(trajectory.index, state, "", state.reason)
+
+    def _why_unended(self) -> Literal["dropped", "lost", "interrupted"]:
+        """Return why trajectories that were running when a call of the engine ended have no end of their own."""
+        if self.interrupted:
+            return "interrupted"
+        return "lost" if self.failure else "dropped"
 
     def _cut_off(self, index: int, seconds: float) -> Trajectory:
         """Return a trajectory of a call that did not return."""
         state = self.states[index]
         read = len(self._prompt)
-        reason = state.reason or "dropped"
+        reason = state.reason or self._why_unended()
         return Trajectory(index, state.tokens, state.logprobs, state.text, reason, read, seconds, seconds, seconds)
 
     def _take(self, first: int, count: int, step: Step) -> Iterable[int] | None:
@@ -620,9 +631,7 @@ def _deliberate(
     on_event: OnEvent | None,
 ) -> None:
     """Deliberate over a thought's trajectories, round after round, and put the result into it."""
-    drafts = [
-        Draft(one.text, one.reason == "stop") for one in thought.trajectories if one.reason not in ("dropped", "lost")
-    ]
+    drafts = [Draft(one.text, one.reason == "stop") for one in thought.trajectories if one.reason not in UNENDED]
     drafts = [draft for draft in drafts if draft.text.strip()]
     if not drafts:
         raise UserError("no trajectory wrote anything: there is nothing to deliberate on")

@@ -10,15 +10,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from qad.think.engine import Event, Thought
+from qad.think.engine import UNENDED, Event, Thought
 
 _WORDS = {
     "running": "",
     "stop": "done",
     "length": "cut off at --new-tokens",
     "context": "cut off: the context is full",
-    "lost": "lost: the server went away",
+    "lost": "lost: the server or the engine failed",
     "dropped": "stopped",
+    "interrupted": "interrupted",
     "spared": "not begun",
 }
 _STYLES = {
@@ -28,6 +29,7 @@ _STYLES = {
     "context": "yellow",
     "lost": "red",
     "dropped": "dim",
+    "interrupted": "dim",
     "spared": "dim",
 }
 _LAST_CHARACTERS = 400
@@ -141,7 +143,7 @@ def print_thought(
         console.print(Text("interrupted: ", style="bold yellow") + _reached(thought, k), soft_wrap=True)
         if unfinished:
             for one in thought.trajectories:
-                if one.reason == "dropped" and one.text.strip():
+                if one.reason in ("dropped", "interrupted") and one.text.strip():
                     console.print(Text(f"trajectory {one.index + 1}, not ended, {len(one.tokens)} tokens:", "dim"))
                     console.print(Text(one.text.strip()), soft_wrap=True)
     if thought.text:
@@ -154,7 +156,7 @@ def print_thought(
 
 
 def _ended(thought: Thought) -> int:
-    return sum(one.reason not in ("dropped", "lost") for one in thought.trajectories)
+    return sum(one.reason not in UNENDED for one in thought.trajectories)
 
 
 def _reached(thought: Thought, k: int) -> Text:
@@ -202,12 +204,10 @@ def _votes(thought: Thought) -> Table:
 
 def _sum(thought: Thought, k: int) -> str:
     begun = len(thought.trajectories)
-    dropped, lost = (sum(one.reason == reason for one in thought.trajectories) for reason in ("dropped", "lost"))
-    said = [f"{thought.method}: {begun - dropped - lost} of {k} trajectories ended"]
-    if dropped:
-        said.append(f"{dropped} {'not ended' if thought.interrupted else 'stopped early'}")
-    if lost:
-        said.append(f"{lost} lost")
+    said = [f"{thought.method}: {_ended(thought)} of {k} trajectories ended"]
+    for reason, word in (("dropped", "stopped early"), ("lost", "lost"), ("interrupted", "interrupted")):
+        if count := sum(one.reason == reason for one in thought.trajectories):
+            said.append(f"{count} {word}")
     if begun < k:
         said.append(f"{k - begun} not begun")
     if thought.deliberations:
