@@ -70,7 +70,7 @@ def strip_thinking(text: str) -> str:
     """Return what stands behind the thoughts of a text, or all of it if it has none.
 
     The opening tag may be missing if the closing one is there, as where a chat template ends with it: for thoughts that
-    have not ended ``qad.think.thoughts`` puts it back. Thoughts that do not end run to the end.
+    have not ended ``qad.think.opening_tag`` puts it back. Thoughts that do not end run to the end.
     """
     return _behind_thoughts(text).strip()
 

@@ -24,8 +24,8 @@ from qad.runtimes._remote_stream import first_seed
 from qad.think import Event, ThinkOptions, deliberate, think, vote
 from qad.think.command import think_command, write_json
 from qad.think.confidence import confidence
-from qad.think.deliberate import CUT, CUT_OFF, Draft, make_prompt, prompt_text, prune, shares
-from qad.think.engine import lacks_room
+from qad.think.deliberation import lacks_room
+from qad.think.deliberation_prompt import CUT, CUT_OFF, Draft, make_prompt, prompt_text, prune, shares
 from qad.think.options import PRESETS, preset_for
 from qad.think.show import print_thought
 from tests.helpers_models import make_artifact

@@ -20,8 +20,8 @@ from qad.evals.task import Item, Task
 from qad.runtimes import Lost, Sampling, Session, Step, Trajectory, is_url, open_model, plain_url
 from qad.think import ThinkOptions, deliberate
 from qad.think.confidence import lowest_window, mean_logprob
-from qad.think.deliberate import Draft, check_room
-from qad.think.thoughts import opening, with_opening
+from qad.think.deliberation_prompt import Draft, check_room
+from qad.think.opening_tag import opening, with_opening
 
 # Why a trajectory ends by itself.
 _WHOLE = ("stop", "length", "context")

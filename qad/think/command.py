@@ -16,9 +16,12 @@ from qad.files import check_output, replacing_file
 from qad.final_answer import Kind
 from qad.runtimes import Sampling, Trajectory
 from qad.think.confidence import lowest_window, mean_logprob
-from qad.think.engine import Printer, Thought, lacks_room, think
+from qad.think.deliberation import lacks_room
+from qad.think.engine import think
+from qad.think.judge import Printer
 from qad.think.options import PRESETS, ThinkOptions, preset_for
 from qad.think.show import lines, print_thought
+from qad.think.thought import Thought
 
 
 def think_command(

@@ -10,7 +10,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from qad.think.engine import UNENDED, Event, Thought
+from qad.think.events import Event
+from qad.think.thought import Thought
+from qad.think.trajectory_state import UNENDED
 
 _WORDS = {
     "running": "",

@@ -1,4 +1,4 @@
-"""The second pass: a model reads what several trajectories wrote and answers anew.
+"""The prompt of a deliberation: a model reads what several trajectories wrote and answers anew.
 
 The method is HeavySkill's (arXiv 2605.02396): trajectories are pruned to what the context can hold, shuffled, labelled
 as thinkers, and judged in one more pass of the same model, several of which may run side by side. The words are this
