@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from qad.runtimes._remote_server import LLAMA_CPP_PYTHON, Cut, Other, Server, is_transport
+from qad.runtimes._remote_errors import Cut, Other, is_transport
+from qad.runtimes._remote_kinds import LLAMA_CPP_PYTHON
+from qad.runtimes._remote_server import Server
 from qad.runtimes._sampling import Sampling
 
 # Servers take any seed of 31 bits.
@@ -234,7 +236,7 @@ class Flow:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._received: list[list[Given]] = [[] for _ in range(k)]
         self.requests = 0
-        self._whole = server.start(self._run(k))
+        self._whole = server.connection.start(self._run(k))
 
     def __iter__(self) -> Iterator[Event]:
         while (event := self._events.get()) is not None:
@@ -243,7 +245,7 @@ class Flow:
     def cancel(self, index: int) -> None:
         """Close the connection of an answer, if it has one of its own."""
         if (task := self._tasks.get(index)) is not None:
-            self._server.soon(task)
+            self._server.connection.soon(task)
 
     def __enter__(self) -> Self:
         return self
@@ -251,12 +253,12 @@ class Flow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.soon(self._whole)
+        self._server.connection.soon(self._whole)
 
         async def ended() -> None:
             await asyncio.gather(self._whole, return_exceptions=True)
 
-        self._server.wait(ended())
+        self._server.connection.wait(ended())
 
     async def _run(self, k: int) -> None:
         """Ask for all answers, and put None behind the last event."""
@@ -399,7 +401,7 @@ class Flow:
                     open_ends -= sum(1 for one in chunk.get("choices") or () if one.get("finish_reason"))
                     yield chunk
         except openai.APIError as error:
-            raise Cut(self._server.scrub(str(error))) from error
+            raise Cut(self._server.explainer.scrub(str(error))) from error
         except Exception as error:
             if not is_transport(error):
                 raise
@@ -416,7 +418,7 @@ class Flow:
         while True:
             self.requests += 1
             try:
-                return await self._server.client.post(
+                return await self._server.connection.client.post(
                     path, body=body, cast_to=object, stream=True, stream_cls=openai.AsyncStream[object]
                 )
             except openai.APIStatusError as error:
@@ -433,7 +435,9 @@ class Flow:
         single |= {"stream": False, self._server.length_word: 1}
         path = "/chat/completions" if "messages" in body else "/completions"
         try:
-            await self._server.client.with_options(max_retries=_WHY_RETRIES).post(path, body=single, cast_to=object)
+            await self._server.connection.client.with_options(max_retries=_WHY_RETRIES).post(
+                path, body=single, cast_to=object
+            )
         except openai.APIStatusError as error:
             if self._server.without(body, error) is None:
                 raise

@@ -198,7 +198,7 @@ class RemoteSession:
         with Flow(self._server, ask, 1, watched=True) as flow:
             for event in flow:
                 if event.error is not None:
-                    raise self._server.told(event.error, tokens=made) from None
+                    raise self._server.explainer.told(event.error, tokens=made) from None
                 for given in event.tokens:
                     first = time.perf_counter() if first is None else first
                     made += 1
@@ -271,7 +271,7 @@ class RemoteSession:
         self._account(work, done)
         if errors:
             unfinished = sum(len(one.tokens) for one in done if one.reason == "lost")
-            told = self._server.told(next(iter(errors.values())), tokens=unfinished)
+            told = self._server.explainer.told(next(iter(errors.values())), tokens=unfinished)
             if not any(one.tokens or one.reason != "lost" for one in done):
                 raise told from None
             whole = sum(one.reason not in ("lost", "dropped") for one in done)

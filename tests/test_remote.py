@@ -27,7 +27,7 @@ from qad.bench import EXTRAS, KEYS, bench_command
 from qad.errors import UserError
 from qad.report.command import report_command
 from qad.runtimes import Lost, Sampling, Step, Trajectory, format_of, llamacpp, open_model, remote, runtime_for
-from qad.runtimes._remote_server import address_of
+from qad.runtimes._remote_address import address_of, key_of
 from qad.runtimes._remote_stream import first_seed
 from tests.helpers_models import make_artifact
 from tests.helpers_server import Fault, Script, answer, logprob_of, serving, text_of, tokens_of
@@ -303,9 +303,7 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         address_of("http://h:port/v1")
     # OpenAI's key is for OpenAI.
     monkeypatch.setenv("OPENAI_API_KEY", "theirs")
-    from qad.runtimes._remote_server import _key
-
-    assert (_key("api.openai.com"), _key("h")) == ("theirs", None)
+    assert (key_of("api.openai.com"), key_of("h")) == ("theirs", None)
 
 
 def test_bench_of_servers_until_an_interrupt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
