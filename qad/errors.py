@@ -19,6 +19,10 @@ class Unreachable(UserError):
     """A server that gives no answer at all, so that nothing of it is known."""
 
 
+class OtherModel(UserError):
+    """A server that has another model now than when it was opened: what it answers must not be mixed."""
+
+
 def unknown_name(kind: str, name: str, known: list[str]) -> UserError:
     """Return the error for a name that is not in a table, listing the names that are and those that look alike."""
     near = difflib.get_close_matches(name, known, n=2)

@@ -60,7 +60,7 @@ def find_model(connection: Connection, address: Address) -> dict[str, Any]:
         return entries[0]
     if wanted is None:
         raise UserError(
-            f"{address.base} serves {_listed(names)}: name one behind a #, as in "
+            f"{address.base} serves {listed(names)}: name one behind a #, as in "
             f"{address.base}#{names[0] if names else 'MODEL'}"
         )
     if wanted not in names:
@@ -75,6 +75,7 @@ def told_of(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: parts[name] for name in _TOLD if isinstance(parts.get(name), str | int)}
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return names of models as a list that is not too long."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return (", ".join(names[:_LISTED]) or "no model") + more

@@ -8,6 +8,7 @@ from typing import Any
 from qad.errors import UserError
 from qad.runtimes._remote_address import address_of
 from qad.runtimes._remote_connection import Connection
+from qad.runtimes._remote_identity import Identity, place_of
 from qad.runtimes._remote_kinds import LLAMA_SERVER, VLLM, kind_of
 from qad.runtimes._remote_models import find_model, told_of
 
@@ -40,6 +41,7 @@ class Server:
         served: What it tells of that model: see ``told_of``. Empty where it names none.
         kind: What is known of the server's kind.
         context: Tokens that prompt and answer may have together, None if it does not tell.
+        identity: Whether it still has that model.
         vocabulary: Number of the model's tokens, None if it does not tell.
         several: Whether it may give several answers to one request; False once it did not.
         turn: Who may have a connection.
@@ -73,13 +75,14 @@ class Server:
         meta = entry.get("meta")
         self.vocabulary = _whole(meta.get("n_vocab") if isinstance(meta, dict) else None)
         self.context = _whole(entry.get("max_model_len"))
+        where = f"{self.address.root}/props"
         if self.kind is LLAMA_SERVER:
-            props = self.ask(f"{self.address.root}/props")
+            props = self.ask(where)
             settings = props.get("default_generation_settings") if isinstance(props, dict) else None
             self.context = _whole(settings.get("n_ctx") if isinstance(settings, dict) else None)
-            # Its name is the file's without the folder: files of two runs share it.
-            if isinstance(props, dict) and isinstance(props.get("model_path"), str):
-                self.served["path"] = props["model_path"]
+            self.served |= place_of(props)
+        told = where if "path" in self.served else None
+        self.identity = Identity(self.connection, self.address.base, self.model, self.served, told)
 
     async def post(self, url: str, body: dict[str, Any]) -> Any:
         """Return the JSON that a request without a stream gives."""

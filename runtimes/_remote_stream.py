@@ -398,6 +398,7 @@ class Flow:
         try:
             async for chunk in stream:
                 if isinstance(chunk, dict):
+                    self._server.identity.check_answering(chunk.get("model"))
                     open_ends -= sum(1 for one in chunk.get("choices") or () if one.get("finish_reason"))
                     yield chunk
         except openai.APIError as error:

@@ -188,7 +188,8 @@ class RemoteSession:
         """Yield an answer piece by piece; the last piece holds the ending. Closing it closes the connection.
 
         Raises:
-            UserError: The server refuses, or went away and did not come back.
+            UserError: The server refuses, went away and did not come back, or has another model than when it was
+                opened.
         """
         began = time.perf_counter()
         ask = self._ask(prompt_T, new_tokens, sampling, False)
@@ -209,6 +210,7 @@ class RemoteSession:
                     made = max(made, _completed(event))
                     counted = _counted(event.usage, "prompt_tokens") or counted
         ended = time.perf_counter()
+        self._server.identity.check()
         first = ended if first is None else first
         yield Piece("", None, Ending(reason, counted, made, first - began, ended - first))
 
@@ -241,6 +243,7 @@ class RemoteSession:
 
         Raises:
             UserError: The server refuses, cannot do what was asked for, or does not answer.
+            OtherModel: It has another model than when it was opened, also where some answers came before that.
             Lost: It went away in the middle of an answer and did not come back; what came is in the exception.
         """
         words = check_request(k, new_tokens, stop)
@@ -269,6 +272,7 @@ class RemoteSession:
         work.calls = flow.requests
         done = [live.result for live in ledger.all]
         self._account(work, done)
+        self._server.identity.check()
         if errors:
             unfinished = sum(len(one.tokens) for one in done if one.reason == "lost")
             told = self._server.explainer.told(next(iter(errors.values())), tokens=unfinished)

@@ -94,6 +94,7 @@ class Script:
         dead: Every stream breaks and every request fails.
         loading: How many requests for the list of models are answered that the model is not loaded yet.
         shift: Added to seeds: the model answers otherwise.
+        answering: What answers call their model.
         faults: Of the next requests, one each; None for none.
         bodies: Of the requests for answers.
         keys: Their Authorization.
@@ -113,6 +114,7 @@ class Script:
     dead: bool = False
     loading: int = 0
     shift: int = 0
+    answering: str | None = None
     faults: deque[Fault | None] = field(default_factory=deque)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
@@ -228,7 +230,8 @@ class Script:
         if token is not None and body.get("logprobs"):
             told = {"content": [{"token": text, "logprob": logprob_of(token)}]}
             choice["logprobs"] = told if chat else {"tokens": [text], "token_logprobs": [logprob_of(token)]}
-        return f"data: {json.dumps({'choices': [choice]})}\n\n"
+        named = {} if self.answering is None else {"model": self.answering}
+        return f"data: {json.dumps({'choices': [choice], **named})}\n\n"
 
 
 @contextlib.contextmanager

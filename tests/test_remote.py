@@ -24,7 +24,7 @@ from qad import export
 from qad.agreement import log_softmax
 from qad.answer import answer as show
 from qad.bench import EXTRAS, KEYS, bench_command
-from qad.errors import UserError
+from qad.errors import OtherModel, UserError
 from qad.report.command import report_command
 from qad.runtimes import Lost, Sampling, Step, Trajectory, format_of, llamacpp, open_model, remote, runtime_for
 from qad.runtimes._remote_address import address_of, key_of
@@ -439,6 +439,65 @@ def test_what_tells_a_served_model_from_another() -> None:
             assert session.served == served
     with serving(Script(models=())) as url, remote.open(url + "#any") as session:
         assert session.served == {}
+
+
+def test_another_model_in_an_open_session() -> None:
+    # Another name; the same name of another file, as llama-server tells it; the same of other weights, as vLLM does.
+    for before, after, told in (
+        (Script(), {"models": ("other",)}, "had toy first and has other now"),
+        (
+            Script(owner="llamacpp", props={"model_path": "/runs/1/q4.gguf"}),
+            {"props": {"model_path": "/runs/2/q4.gguf"}},
+            r"had toy \(path /runs/1/q4.gguf\) first and has toy \(path /runs/2/q4.gguf\) now",
+        ),
+        (
+            Script(owner="vllm", told={"root": "/models/base"}),
+            {"told": {"root": "/models/tuned"}},
+            r"had toy \(root /models/base\) first and has toy \(root /models/tuned\) now",
+        ),
+    ):
+        with serving(before) as url, remote.open(url) as session:
+            prompt = [5, 6, 7] if session.exact else session.tokenize("abc")
+            assert len(session.sample(prompt, 2, HOT, new_tokens=9)) == 2
+            for name, value in after.items():
+                setattr(before, name, value)
+            with pytest.raises(OtherModel, match=f"{url} {told}.*: start it with the first one again, or give the"):
+                session.sample(prompt, 2, HOT, new_tokens=9)
+            with pytest.raises(OtherModel, match=told):
+                list(session.stream(prompt, 9, HOT))
+
+
+def test_answers_of_another_model_than_the_first() -> None:
+    # Nothing is known of it but what its answers say.
+    script = Script(models=(), answering="first")
+    with serving(script) as url, remote.open(url + "#any") as session:
+        prompt = session.tokenize("abc")
+        for watched in (None, lambda step: None):
+            check(session.sample(prompt, 2, HOT, new_tokens=9, on_token=watched), "abc", 9)
+        # Some say it in a part of their pieces only.
+        script.answering = ""
+        check(session.sample(prompt, 1, HOT, new_tokens=9), "abc", 9)
+        script.answering = "second"
+        with pytest.raises(OtherModel, match=r"had first first and has second now"):
+            list(session.stream(prompt, 9, HOT))
+
+    def change(step: Step) -> None:
+        script.answering = "second"
+
+    # Not as the answers that came before it was lost either: of which model those are is not known any more.
+    script = Script(answering="first", pause=0.01)
+    with serving(script) as url, remote.open(url) as session, pytest.raises(OtherModel, match="has second now"):
+        session.sample(session.tokenize("abc"), 3, HOT, new_tokens=30, on_token=change)
+
+
+def test_a_list_of_models_that_cannot_be_had_again_is_no_change() -> None:
+    script = Script(told={"root": "/models/base"})
+    with serving(script) as url, remote.open(url) as session:
+        prompt = session.tokenize("abc")
+        for loading, told, models in ((1, {}, ("toy",)), (0, {}, ("more", "toy")), (0, {"root": 7.5}, ("toy",))):
+            script.loading, script.told, script.models = loading, told, models
+            check(session.sample(prompt, 1, HOT, new_tokens=9), "abc", 9)
+            assert script.loading == 0
 
 
 def test_a_server_that_starts_is_waited_for() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qad import export
 from qad.cli import main
-from qad.errors import UserError
+from qad.errors import OtherModel, UserError
 from qad.evals import sandbox
 from qad.final_answer import extract
 from qad.model import resolve_source
@@ -594,6 +594,20 @@ def test_without_logprobs_nothing_is_weighted() -> None:
         for changes in ({"method": "weighted"}, {"method": "best"}, {"method": "vote", "drop": True, "certainty": 0.9}):
             with pytest.raises(UserError, match="log-probabilities, which this server does not tell"):
                 think(session, "what", ThinkOptions(k=4, sampling=WARM, new_tokens=9, **changes))  # type: ignore[arg-type]
+
+
+@needs_client
+def test_trajectories_of_two_models_are_not_voted_on() -> None:
+    script = Script()
+    with serving(script) as url, open_model(url) as session:
+
+        def restart(event: Event) -> None:
+            # Between the waves.
+            script.models = ("other",) if event.index == 1 and event.state != "running" else script.models
+
+        options = ThinkOptions(k=4, method="vote", sampling=WARM, new_tokens=20, certainty=None, wave=2)
+        with pytest.raises(OtherModel, match="had toy first and has other now"):
+            think(session, "what", options, kind="text", on_event=restart)
 
 
 @needs_client

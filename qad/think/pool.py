@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from qad import interrupts
-from qad.errors import UserError
+from qad.errors import OtherModel, UserError
 from qad.runtimes import Session, Step, Trajectory, Work
 from qad.think.confidence import Running
 from qad.think.early_stop import is_hopeless, suffices
@@ -99,7 +99,7 @@ class Pool:
             )
         except (KeyboardInterrupt, UserError) as error:
             if isinstance(error, UserError):
-                if not self.ended or isinstance(error, NoConfidenceError):
+                if not self.ended or isinstance(error, (NoConfidenceError, OtherModel)):
                     raise
                 self.failure = error
             self.interrupted = self.failure is None
