@@ -181,7 +181,8 @@ def measure_default_malloc(
     """Return how many times faster than each rival the forward pass is while malloc hands large blocks back."""
     weight = (torch.randn(SHAPES[shape]) * 0.02).to(DTYPES[dtype])
     out, used = torch.empty_like(weight), torch.empty(weight.shape[0], weight.shape[1] // grid.block)
-    calls: dict[str, Callable[[], object]] = {"ours": lambda: ops.fake_quantize(weight, None, grid, HARD, out, used)}
+    ours = ops.FakeQuantizer(weight, None, grid, out, used)
+    calls: dict[str, Callable[[], object]] = {"ours": lambda: ours(HARD)}
     calls |= {name: lambda rival=rival: rival(weight) for name, rival in others.items()}
     times = Stopwatch(weight.device).best(calls, rounds)
     return {f"{name} (default malloc)": times[name] / times["ours"] for name in others}
@@ -202,9 +203,11 @@ def measure(
     kernels = native if device.type == "cpu" else ops.cuda_kernels()
     element, blocks = weight.element_size(), scales.numel()
     calls: dict[str, tuple[Callable[[], object], int]] = {"copy": (lambda: out.copy_(weight), 2 * element)}
+    forward = ops.FakeQuantizer(weight, None, grid, out, used)  # as the trainer does it
+    given = ops.FakeQuantizer(weight, scales, grid, out)
     for name, noise in FORWARDS.items():
-        calls[name] = (lambda noise=noise: ops.fake_quantize(weight, None, grid, noise, out, used), 2 * element)
-    calls["forward, scales given"] = (lambda: ops.fake_quantize(weight, scales, grid, HARD, out), 2 * element)
+        calls[name] = (lambda noise=noise: forward(noise), 2 * element)
+    calls["forward, scales given"] = (lambda: given(HARD), 2 * element)
     calls["backward"] = (
         lambda: ops.fake_quantize_backward(grad, weight, scales, grid, learn_scales=False),
         3 * element,

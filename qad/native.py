@@ -7,6 +7,7 @@ Shapes: N output features, K input features, G blocks along K, T tokens, V vocab
 
 import ctypes
 import struct
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -173,8 +174,13 @@ def _c_grid(grid: Grid) -> bytes:
     )
 
 
+_NO_NOISE = _NOISE.pack(_MODES["none"], 0.0, 0, 0, 0, 0)
+
+
 def _c_noise(noise: Noise) -> bytes:
     """Return qad_noise; see csrc/qad.h."""
+    if noise.mode == "none":
+        return _NO_NOISE
     seed, word = noise.seed, 0xFFFFFFFF
     return _NOISE.pack(
         _MODES[noise.mode],
@@ -213,16 +219,12 @@ def _blocks(tensor: Tensor, grid: Grid) -> int:
     return tensor.numel() // grid.block
 
 
-def fake_quantize(
-    master_NK: Tensor, scales_NG: Tensor | None, grid: Grid, noise: Noise, out: Tensor, used_scales_NG: Tensor | None
-) -> int:
-    """Write the weights that forward uses to ``out``; see ``qad.fake_quant.fake_quantize``.
-
-    Returns:
-        How many blocks hold a number that is not finite.
-    """
+def _fake_quantize_arguments(
+    master_NK: Tensor, scales_NG: Tensor | None, grid: Grid, out: Tensor, used_scales_NG: Tensor | None
+) -> tuple[int | None, int, int | None, int | None, int | None, int, int, bytes]:
+    """Return what C is told of these tensors, after making sure that it may walk over them."""
     blocks = _blocks(master_NK, grid)
-    return library().qad_fake_quantize(
+    return (
         _address(master_NK),
         _DTYPES[master_NK.dtype],
         _address(scales_NG, blocks, torch.float32),
@@ -231,9 +233,55 @@ def fake_quantize(
         _DTYPES[out.dtype],
         blocks,
         _c_grid(grid),
-        _c_noise(noise),
-        torch.get_num_threads(),
     )
+
+
+def fake_quantize(
+    master_NK: Tensor, scales_NG: Tensor | None, grid: Grid, noise: Noise, out: Tensor, used_scales_NG: Tensor | None
+) -> int:
+    """Write the weights that forward uses to ``out``; see ``qad.fake_quant.fake_quantize``.
+
+    Returns:
+        How many blocks hold a number that is not finite.
+    """
+    arguments = _fake_quantize_arguments(master_NK, scales_NG, grid, out, used_scales_NG)
+    return library().qad_fake_quantize(*arguments, _c_noise(noise), torch.get_num_threads())
+
+
+@cache
+def _untyped_fake_quantize(of: ctypes.CDLL) -> Callable[..., int]:
+    """Return the function once more, for arguments that have their types already: a call takes half of the time."""
+    function = of["qad_fake_quantize"]
+    function.restype = ctypes.c_int64
+    return function
+
+
+def prepare_fake_quantize(
+    master_NK: Tensor, scales_NG: Tensor | None, grid: Grid, out: Tensor, used_scales_NG: Tensor | None
+) -> Callable[[Noise], int]:
+    """Return ``fake_quantize`` of these tensors, checked now and never again.
+
+    The caller must make sure that they keep their memory.
+    """
+    weights, weights_dtype, scales, used_scales, to, out_dtype, blocks, c_grid = _fake_quantize_arguments(
+        master_NK, scales_NG, grid, out, used_scales_NG
+    )
+    pointer = ctypes.c_void_p
+    arguments = (
+        pointer(weights),
+        ctypes.c_int(weights_dtype),
+        pointer(scales),
+        pointer(used_scales),
+        pointer(to),
+        ctypes.c_int(out_dtype),
+        ctypes.c_int64(blocks),
+        ctypes.c_char_p(c_grid),
+    )
+
+    def call(noise: Noise) -> int:
+        return _untyped_fake_quantize(library())(*arguments, _c_noise(noise), torch.get_num_threads())
+
+    return call
 
 
 def fake_quantize_backward(

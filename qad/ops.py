@@ -59,6 +59,15 @@ def why_reference(device: torch.device) -> str | None:
     return f"there are no kernels for {device.type}"
 
 
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    for tensor in tensors:  # a loop: for a small weight, a generator takes a hundredth of the time
+        if tensor is not None and tensor.requires_grad:
+            raise UserError(
+                "qad.ops.fake_quantize has no gradient: call torch.ops.qad.fake_quantize, which has one, or this one "
+                "under torch.no_grad()"
+            )
+
+
 def fake_quantize(
     master_NK: Tensor,
     scales_NG: Tensor | None,
@@ -82,20 +91,68 @@ def fake_quantize(
     Raises:
         UserError: A gradient is wanted, which what is written to a buffer cannot have.
     """
-    wanted = master_NK.requires_grad  # not by any(): for a small weight, a generator takes a hundredth of the time
-    wanted = wanted or (scales_NG is not None and scales_NG.requires_grad)
-    wanted = wanted or (offsets_NG is not None and offsets_NG.requires_grad)
-    if wanted and torch.is_grad_enabled():
-        raise UserError(
-            "qad.ops.fake_quantize has no gradient: call torch.ops.qad.fake_quantize, which has one, or this one under "
-            "torch.no_grad()"
-        )
+    if torch.is_grad_enabled():
+        _refuse_gradients(master_NK, scales_NG, offsets_NG)
     out = torch.empty_like(master_NK, memory_format=torch.contiguous_format) if out is None else out
     kernels = _kernels(grid, master_NK, scales_NG, out, used_scales_NG)
     if kernels is None:
         return reference.fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG, offsets_NG)
     kernels.fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG)
     return out
+
+
+class FakeQuantizer:
+    """``fake_quantize`` of the same tensors, step after step, as a trainer needs it.
+
+    For a small weight, checking the tensors takes as long as the work. Here that is done once, and again whenever one
+    of them has got other memory (has moved to a device, say). Their shapes and dtypes must stay what they are.
+
+    Args:
+        master_NK, scales_NG, grid, out, used_scales_NG: See ``fake_quantize``.
+    """
+
+    def __init__(
+        self,
+        master_NK: Tensor,
+        scales_NG: Tensor | None,
+        grid: Grid,
+        out: Tensor,
+        used_scales_NG: Tensor | None = None,
+    ) -> None:
+        self._tensors = (master_NK, scales_NG, out, used_scales_NG)
+        self._grid = grid
+        self._with_gradient = (master_NK, scales_NG)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        master_NK, scales_NG, out, used_scales_NG = self._tensors
+        there = [tensor for tensor in self._tensors if tensor is not None]
+        # While these live, nobody else is given the memory, so that an address stands for what was checked.
+        self._memory = [tensor.detach() for tensor in there]
+        self._places = [(tensor.data_ptr, tensor.data_ptr()) for tensor in there]
+        if _kernels(self._grid, *self._tensors) is native:
+            self._run = native.prepare_fake_quantize(master_NK, scales_NG, self._grid, out, used_scales_NG)
+        else:
+            self._run = self._run_unprepared
+
+    def _run_unprepared(self, noise: Noise) -> None:
+        master_NK, scales_NG, out, used_scales_NG = self._tensors
+        with torch.no_grad():
+            fake_quantize(master_NK, scales_NG, self._grid, noise, out, used_scales_NG)
+
+    def __call__(self, noise: Noise = HARD) -> None:
+        """Fill ``out``, and ``used_scales_NG`` if there is one.
+
+        Raises:
+            UserError: See ``fake_quantize``.
+        """
+        if torch.is_grad_enabled():
+            _refuse_gradients(*self._with_gradient)
+        for address_of, address in self._places:
+            if address_of() != address:
+                self._prepare()
+                break
+        self._run(noise)
 
 
 def fake_quantize_backward(

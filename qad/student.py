@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qad.errors import unknown_name
 from qad.grid import Grid
 from qad.noise import HARD, Noise
-from qad.ops import fake_quantize, fake_quantize_backward
+from qad.ops import FakeQuantizer, fake_quantize, fake_quantize_backward
 from qad.rounding import Rounded
 from qad.scale_search import find_scales
 from qad.scales import StoredScales
@@ -44,6 +44,7 @@ class _Entry:
     master: nn.Parameter
     scales: nn.Parameter
     stored: dict[str, nn.Parameter]
+    quantizer: FakeQuantizer | None = None  # of a plain grid, once it was needed
 
     def store(self, found: StoredScales) -> None:
         """Use other scales from now on."""
@@ -145,19 +146,16 @@ class Masters(nn.Module):
 
     def _fill(self, entry: _Entry, noise: Noise) -> None:
         follow = self.scale_mode == "absmax"
-        if follow and not entry.grid.is_plain:
+        if entry.grid.is_plain:
+            if entry.quantizer is None:
+                given, used = (None, entry.scales) if follow else (entry.scales, None)
+                entry.quantizer = FakeQuantizer(entry.master, given, entry.grid, entry.forward, used)
+            entry.quantizer(noise)
+            return
+        if follow:
             entry.store(find_scales(entry.master, entry.grid, "range"))
-        plain = follow and entry.grid.is_plain
         scales_NG, offsets_NG = entry.decoded()
-        fake_quantize(
-            entry.master,
-            None if plain else scales_NG,
-            entry.grid,
-            noise,
-            out=entry.forward.data,
-            used_scales_NG=entry.scales.data if plain else None,
-            offsets_NG=offsets_NG,
-        )
+        fake_quantize(entry.master, scales_NG, entry.grid, noise, out=entry.forward.data, offsets_NG=offsets_NG)
 
     @torch.no_grad()
     def collect_gradients(self, *, step: int, noise: str = "none", hard_share: float = 0.0, seed: int = 0) -> None:

@@ -137,6 +137,78 @@ def test_buffers_of_the_caller_are_filled() -> None:
     assert ops.fake_quantize(weight, scales, get_grid("q8_0"), out=out) is out
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", PLAIN)
+def test_the_same_tensors_step_after_step(grid: str, dtype: torch.dtype, given: bool) -> None:
+    weight, scales = case(grid, dtype)
+    out, used = torch.full_like(weight, 7.0), torch.full_like(scales, 7.0)
+    fill = ops.FakeQuantizer(weight, scales if given else None, get_grid(grid), out, used)
+    for step, mode in enumerate([*NOISE_MODES, "none", "uniform"]):
+        weight.add_(0.1)
+        noise = Noise(mode, 0.3, seed=2**64 - 1, tensor=2**32 - 1, step=step)
+        fill(noise)
+        expected_used = torch.empty_like(scales)
+        expected = reference.fake_quantize(
+            weight, scales if given else None, get_grid(grid), noise, None, expected_used
+        )
+        assert torch.equal(bits(out), bits(expected)), mode
+        assert torch.equal(bits(used), bits(expected_used)), mode
+
+
+@pytest.mark.parametrize("which", ["weight", "scales", "out", "used"])
+def test_tensors_that_got_other_memory_are_noticed(which: str) -> None:
+    weight, scales = case("q4_0")
+    tensors = {"weight": weight, "scales": scales, "out": torch.zeros_like(weight), "used": torch.zeros_like(scales)}
+    fill = ops.FakeQuantizer(tensors["weight"], tensors["scales"], get_grid("q4_0"), tensors["out"], tensors["used"])
+    fill()
+    moved = tensors[which]
+    before, address = moved.clone(), moved.data_ptr()
+    moved.data = moved.data * 1.5  # frees what it had, unless that is still held
+    assert moved.data_ptr() != address
+    assert all(torch.empty_like(moved).data_ptr() != address for _ in range(8))
+    fill()
+    expected_used = torch.empty_like(scales)
+    expected = reference.fake_quantize(weight, scales, get_grid("q4_0"), HARD, None, expected_used)
+    assert torch.equal(bits(tensors["out"]), bits(expected))
+    assert torch.equal(bits(tensors["used"]), bits(expected_used))
+    if which in ("weight", "scales"):
+        assert not torch.equal(before, moved)
+
+
+def test_tensors_that_got_another_dtype_with_other_memory() -> None:
+    weight, _ = case("q4_0")
+    out = torch.zeros_like(weight)
+    fill = ops.FakeQuantizer(weight, None, get_grid("q4_0"), out)
+    weight.data, out.data = weight.to(torch.bfloat16), out.to(torch.float16)
+    fill()
+    expected = torch.empty_like(out)
+    reference.fake_quantize(weight, None, get_grid("q4_0"), HARD, expected)
+    assert out.dtype == torch.float16
+    assert torch.equal(bits(out), bits(expected))
+
+
+def test_the_same_views_that_no_kernel_takes() -> None:
+    weight, scales = case("q4_0")
+    wide = torch.cat([weight, weight], dim=1)
+    view, out = wide[:, : weight.shape[1]], torch.empty_like(weight)
+    ops.FakeQuantizer(view, scales, get_grid("q4_0"), out)()
+    assert torch.equal(bits(out), bits(reference.fake_quantize(weight, scales, get_grid("q4_0"))))
+
+
+def test_step_after_step_without_a_gradient() -> None:
+    weight, scales = case("q4_0")
+    out = torch.nn.Parameter(torch.zeros_like(weight))  # may want one: what is written to it has none to give
+    fill = ops.FakeQuantizer(weight, scales, get_grid("q4_0"), out)
+    fill()
+    assert torch.equal(bits(out.detach()), bits(reference.fake_quantize(weight, scales, get_grid("q4_0"))))
+    scales.requires_grad_()
+    with pytest.raises(UserError, match=r"has no gradient: call torch\.ops\.qad\.fake_quantize"):
+        fill()
+    with torch.no_grad():
+        fill()
+
+
 def test_views_that_no_kernel_takes_go_to_the_reference() -> None:
     weight, scales = case("q4_0")
     wide = torch.cat([weight, weight], dim=1)
