@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from qad.cli import app
 from qad.distill import distill
 from qad.recipe import Recipe
 from qad.verify_command import verify_command
+from tests.helpers_rows import write_rows
 from tests.helpers_runs import save_model, save_text
 
 SCRIPT = Path(__file__).parent.parent / "bench" / "quality.py"
@@ -113,7 +113,7 @@ def make_records(folder: Path) -> Made:
 def _evaluate(folder: Path, output: Path) -> None:
     """Run ``qad eval`` on questions that random weights answer wrong, at such length that many answers end."""
     rows = [{"prompt": f"What is {n} + {n}?", "solution": str(2 * n), "level": n % 2, "task": "text"} for n in range(6)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "sums.jsonl", rows)
     arguments = ["eval", str(folder / "four.gguf"), "--reference", str(folder / "eight.gguf"), "--k", "2"]
     arguments += ["--trained", str(folder / "sums.jsonl"), "--new-tokens", "300", "--threads", "1"]
     arguments += ["--text", str(folder / "words.txt"), "--chunk-tokens", "64", "--chunks", "2"]

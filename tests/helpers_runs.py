@@ -1,6 +1,5 @@
 """Tiny runs: a random model with a tokenizer in a folder, some text, and the parts of a trainer built by hand."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from qad.recipe import Recipe
 from qad.student import Masters
 from qad.train import QADTrainer
 from tests.helpers_models import make_model, make_tokenizer, verify_text
+from tests.helpers_rows import write_rows
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -43,15 +43,13 @@ def save_text(file: Path, characters: int = 300) -> str:
     """Save a page of text as rows of JSON Lines; return the file as ``--data`` takes it."""
     text = verify_text()
     parts = [text[start : start + characters] for start in range(0, len(text), characters)]
-    file.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
-    return str(file)
+    return str(write_rows(file, [{"text": part} for part in parts]))
 
 
 def save_chats(file: Path, count: int = 24) -> str:
     """Save prompt/completion rows."""
     rows = [{"prompt": f"What is {n} plus {n + 1}?", "completion": f"It is {2 * n + 1}."} for n in range(count)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return str(write_rows(file, rows))
 
 
 def token_rows(count: int, length: int = 24, vocabulary: int = 600, seed: int = 0) -> Dataset:

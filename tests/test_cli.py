@@ -23,6 +23,7 @@ from qad import cli, recipes
 from qad.artifact import open_artifact
 from qad.recipe import Recipe, load_recipe
 from tests.helpers_models import make_artifact, make_tokenizer
+from tests.helpers_rows import write_rows
 from tests.helpers_runs import save_model, save_text, tiny
 
 
@@ -387,7 +388,7 @@ def test_conversations_without_a_chat_template(qad: Call, tmp_path: Path) -> Non
     tokenizer.save_pretrained(tmp_path / "base")
     tokenizer.chat_template = template
     rows = [{"prompt": f"{n}?", "completion": f"{n}!"} for n in range(8)]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "chat.jsonl", rows)
     flags = options(tmp_path, teacher=tmp_path / "base", data=tmp_path / "chat.jsonl")
     check_error(qad("train", *flags, "-o", tmp_path / "run"), "no chat template")
 

@@ -27,6 +27,7 @@ from qad.evals.runner import Model
 from qad.runtimes import GREEDY, Trajectory, open_model, remote
 from qad.think import ThinkOptions, think
 from tests.helpers_models import make_artifact, verify_text
+from tests.helpers_rows import write_rows
 from tests.helpers_server import Script, interrupting, serving
 
 PROMPTS = [f"Say {index} and {index * 7}." for index in range(8)]
@@ -74,8 +75,7 @@ def save_task(file: Path, solutions: list[str], **columns: Any) -> str:
         {"prompt": prompt, "solution": solution, "task": "text", **columns}
         for prompt, solution in zip(PROMPTS, solutions, strict=True)
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
+    return str(write_rows(file, rows))
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from qad.evals.task import JUDGING, Item, Task
 from qad.evals.tasks import load as load_task
 from qad.runtimes import Sampling, llamacpp, remote
 from tests.helpers_models import make_artifact
+from tests.helpers_rows import write_rows
 from tests.helpers_server import Fault, Script, serving
 
 SETTING = Setting("sums", 0, "tiny", "ab" * 32, 2, {"temperature": 0.6, "seed": 0}, 16, kind="math")
@@ -403,8 +404,7 @@ def test_judging_anew_leaves_the_file_alone_until_it_is_done(tmp_path: Path) -> 
 
 def save_task(path: Path, count: int, chain: bool = False) -> Task:
     rows = [{"prompt": f"Say {index}.", "solution": str(index), "task": "math"} for index in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_task(str(path))
+    return load_task(str(write_rows(path, rows)))
 
 
 ASKING = Asking(3, Sampling(temperature=1.0, seed=5), 8)
@@ -449,7 +449,7 @@ def test_what_was_answered_is_not_asked_again(run: Path, tmp_path: Path) -> None
 
 def test_a_deliberation_without_room_is_told_before_anybody_is_asked(run: Path, tmp_path: Path) -> None:
     lines = [{"prompt": text, "solution": "1", "task": "math"} for text in ("Say 1.", "Say so. " * 150)]
-    (tmp_path / "say.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(tmp_path / "say.jsonl", lines)
     task = load_task(str(tmp_path / "say.jsonl"))
     asking = replace(ASKING, k=2, new_tokens=4, deliberations=1)
     with pytest.raises(UserError, match=r"item 1-\w+ of say: no room to deliberate: .* for qad eval --methods vote"):
@@ -462,7 +462,7 @@ def test_a_deliberation_without_room_is_told_before_anybody_is_asked(run: Path, 
 def test_an_evaluation_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(run: Path, tmp_path: Path) -> None:
     # Prompts that begin alike: llama.cpp would compute what differs alone, in kernels that round otherwise.
     lines = [{"prompt": f"{'Think well. ' * 6}Say {index}.", "solution": "1", "task": "math"} for index in range(4)]
-    (tmp_path / "say.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(tmp_path / "say.jsonl", lines)
     task = load_task(str(tmp_path / "say.jsonl"))
     model = tmp_path / "tiny.gguf"
     export.get("gguf").write(open_artifact(run), model)
