@@ -1,6 +1,9 @@
 """What went wrong with a server, in the user's terms."""
 
+import asyncio
+import contextlib
 import os
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +22,24 @@ class Cut(Exception):
 
 class Other(Exception):
     """A server gave another answer when it was asked for the same one again."""
+
+
+class Silence(Exception):
+    """A server said nothing for as long as it was waited for."""
+
+
+@contextlib.asynccontextmanager
+async def patience(seconds: float | None) -> AsyncIterator[None]:
+    """Wait for what is in the block at most some seconds in all, whatever is tried again within it.
+
+    Raises:
+        Silence: It took longer.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise Silence(f"nothing for {seconds:g} s") from error
 
 
 @dataclass(frozen=True)
@@ -54,9 +75,9 @@ class Explainer:
         if tokens and (gone := self._gone(error)) is not None:
             return UserError(
                 f"the connection to {where} broke off after {tokens:,} token{'s'[: tokens != 1]}{gone}: look at the "
-                "server's log, and start it again if it has ended"
+                "server's log, and start it again if it has ended or is stuck"
             )
-        if isinstance(error, Cut) and not isinstance(error.__cause__, openai.APITimeoutError):
+        if isinstance(error, Cut) and not is_silence(error):
             return UserError(f"{where} breaks its answers off ({error}): look at its log")
         error = error.__cause__ if isinstance(error, Cut) and error.__cause__ is not None else error
         if _is_unreachable(error):
@@ -67,7 +88,7 @@ class Explainer:
         if _is_timeout(error):
             return Unreachable(
                 f"{where} said nothing for {silence:g} s: it is overloaded or stuck, or no such server; look at its "
-                "log, ask for fewer trajectories or tokens, or allow more time"
+                "log, start it again if it is stuck, or ask for fewer trajectories or tokens"
             )
         if _is_connection(error):
             return Unreachable(
@@ -131,10 +152,16 @@ def is_transport(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
+def is_silence(error: BaseException) -> bool:
+    """Return whether an answer failed because nothing came for too long."""
+    cause = error.__cause__ if isinstance(error, Cut) else error
+    return cause is not None and _is_timeout(cause) and not _is_unreachable(cause)
+
+
 def _is_timeout(error: BaseException) -> bool:
     import openai
 
-    return isinstance(error, openai.APITimeoutError) or type(error).__name__.endswith("Timeout")
+    return isinstance(error, (openai.APITimeoutError, Silence)) or type(error).__name__.endswith("Timeout")
 
 
 def _is_unreachable(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 from qad.errors import UserError, unknown_name
 from qad.runtimes._remote_address import Address
 from qad.runtimes._remote_connection import Connection
+from qad.runtimes._remote_errors import patience
 
 # For a list of models, which takes no model's work: longest silence in seconds.
 _LIST_SECONDS = 60.0
@@ -29,7 +30,8 @@ async def _listing(connection: Connection) -> Any:
         raise
     except openai.APIError:
         # It may be about to start, or busy.
-        return await connection.client.get("/models", cast_to=object)
+        async with patience(connection.explainer.timeout):
+            return await connection.client.get("/models", cast_to=object)
 
 
 def find_model(connection: Connection, address: Address) -> dict[str, Any]:

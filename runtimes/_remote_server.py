@@ -8,6 +8,7 @@ from typing import Any
 from qad.errors import UserError
 from qad.runtimes._remote_address import address_of
 from qad.runtimes._remote_connection import Connection
+from qad.runtimes._remote_errors import patience
 from qad.runtimes._remote_identity import Identity, place_of
 from qad.runtimes._remote_kinds import LLAMA_SERVER, VLLM, kind_of
 from qad.runtimes._remote_models import find_model, told_of
@@ -96,7 +97,7 @@ class Server:
         """
         work = self.connection.client.get(url, cast_to=object) if body is None else self.post(url, body)
         try:
-            return self.connection.wait(_awaited(work))
+            return self.connection.wait(_awaited(work, self.explainer.timeout))
         except Exception as error:
             raise self.explainer.told(error) from None
 
@@ -162,8 +163,10 @@ def _to_cut(text: str, *, special: bool) -> dict[str, Any]:
     }
 
 
-async def _awaited(work: Any) -> Any:
-    return await work
+async def _awaited(work: Any, seconds: float) -> Any:
+    # The client repeats what is not answered, and waits as long each time.
+    async with patience(seconds):
+        return await work
 
 
 def _whole(value: Any) -> int | None:

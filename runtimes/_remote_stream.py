@@ -4,9 +4,14 @@
 dropped: closing it is how a server is told to stop, and its slot is free. So ``n`` is used where nobody can drop, which
 is a call without a callback, and where the server knows it; what it leaves out is asked for one by one.
 
-A connection that breaks, or stays silent for too long, is made again after a pause. Where the prompt may be given as
-tokens or text, the request goes on behind what was received, and nothing is lost or said twice. Elsewhere it is asked
-anew, with the same seed; where a callback has seen what was received, the answer has to begin with just that again.
+A connection that breaks, or stays silent in the middle of an answer, is made again after a pause. Where the prompt may
+be given as tokens or text, the request goes on behind what was received, and nothing is lost or said twice. Elsewhere
+it is asked anew, with the same seed; where a callback has seen what was received, the answer has to begin with just
+that again.
+
+Silence is bounded in all, whatever is tried again in it, by the server's timeout. Before the first token, when the
+server reads the prompt or is at other answers, it may take all of it, and is not asked again, which would only put the
+request behind the others. Behind a token half of it is enough to try a new connection, which then has what is left.
 """
 
 import asyncio
@@ -19,7 +24,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from qad.runtimes._remote_errors import Cut, Other, is_transport
+from qad.runtimes._remote_errors import Cut, Other, Silence, is_silence, is_transport, patience
 from qad.runtimes._remote_kinds import LLAMA_CPP_PYTHON
 from qad.runtimes._remote_server import Server
 from qad.runtimes._sampling import Sampling
@@ -30,6 +35,8 @@ _LONGEST_PAUSE = 8.0
 _MOST_STOPS = 4
 # A server that broke a stream off may have left connections behind that are dead, which the client finds one by one.
 _WHY_RETRIES = 2
+# A refusal comes at once; of what takes longer there is none.
+_WHY_SECONDS = 60.0
 _THINK, _THINK_END = "<think>", "</think>"
 
 
@@ -235,6 +242,11 @@ class Flow:
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._received: list[list[Given]] = [[] for _ in range(k)]
+        timeout = server.explainer.timeout
+        # Seconds that it may be silent between two pieces, and was when all were asked for at once.
+        self._pause = timeout / 2 if server.retries else timeout
+        self._quiet = 0.0
+        self._stuck: BaseException | None = None
         self.requests = 0
         self._whole = server.connection.start(self._run(k))
 
@@ -282,7 +294,7 @@ class Flow:
         own: dict[int, dict[str, Any]] = {}
         try:
             body = body_of(self._server, self._ask, self._ask.seed, k, self._stop)
-            async for chunk in self._stream(body):
+            async for chunk in self._stream(body, self._server.explainer.timeout):
                 if not chunk.get("choices"):
                     usage = chunk.get("usage") or usage
                 for choice in chunk.get("choices") or ():
@@ -297,7 +309,9 @@ class Flow:
         except Exception as error:
             if _is_about_n(error):
                 self._server.several = False
-            elif not isinstance(error, Cut):
+            elif is_silence(error) and any(self._received):
+                self._quiet = self._pause
+            elif not isinstance(error, Cut) or is_silence(error):
                 for index in range(k):
                     self._events.put(Event(index, error=error))
                 return []
@@ -316,22 +330,32 @@ class Flow:
     async def _one(self, index: int) -> None:
         """Ask for one answer until it has come to its end, or cannot."""
         async with self._server.turn:
-            failures = 0
+            if self._stuck is not None:
+                # Where answers wait for each other, the next one would wait as long.
+                self._events.put(Event(index, error=self._stuck))
+                return
+            timeout, failures, quiet = self._server.explainer.timeout, 0, self._quiet
             while True:
                 before = len(self._received[index])
                 try:
-                    await self._try(index)
+                    await self._try(index, timeout - quiet)
                     return
                 except Exception as error:
-                    failures = 1 if len(self._received[index]) > before else failures + 1
-                    if not isinstance(error, Cut) or failures > self._server.retries:
+                    new = len(self._received[index]) > before
+                    failures = 1 if new else failures + 1
+                    if is_silence(error):
+                        quiet = self._pause if new else timeout
+                        self._stuck = error if quiet >= timeout else self._stuck
+                    elif new:
+                        quiet = 0.0
+                    if not isinstance(error, Cut) or failures > self._server.retries or quiet >= timeout:
                         self._events.put(Event(index, error=error))
                         return
                 pause = min(0.5 * 2 ** (failures - 1), _LONGEST_PAUSE)
                 await asyncio.sleep(pause * random.uniform(0.75, 1.0))
 
-    async def _try(self, index: int) -> None:
-        """Ask for what is missing of an answer.
+    async def _try(self, index: int, seconds: float) -> None:
+        """Ask for what is missing of an answer; ``seconds``: longest silence before its next piece.
 
         Raises:
             Cut: It did not come to its end.
@@ -340,7 +364,8 @@ class Flow:
         ask = self._ask
         known: list[Given] = []
         if received:
-            prompt = await self._behind(ask, received)
+            async with patience(seconds):
+                prompt = await self._behind(ask, received)
             if prompt is not None:
                 ask = dataclasses.replace(ask, prompt=prompt, new_tokens=ask.new_tokens - len(received))
             elif self._watched:
@@ -356,7 +381,7 @@ class Flow:
         usage = timings = None
         body = body_of(self._server, ask, self._ask.seed + index, 1, self._stop)
         try:
-            async for chunk in self._stream(body):
+            async for chunk in self._stream(body, seconds):
                 usage, timings = chunk.get("usage") or usage, chunk.get("timings") or timings
                 for choice in chunk.get("choices") or ():
                     if choice.get("index", 0) != 0 or answer.finish is not None:
@@ -365,8 +390,8 @@ class Flow:
                     tokens = tokens[_seen(known, tokens) :]
                     received += tokens
                     self._events.put(Event(index, tokens))
-        except Cut:
-            if not received:
+        except Cut as error:
+            if not received and not is_silence(error):
                 await self._why(body)
             raise
         if known:
@@ -384,8 +409,8 @@ class Flow:
         ids = [one.id for one in received if one.id is not None]
         return prompt + (ids if len(ids) == len(received) else await self._server.tokens_of(text))
 
-    async def _stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Yield the pieces of a streamed answer as JSON.
+    async def _stream(self, body: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any]]:
+        """Yield the pieces of a streamed answer as JSON; ``seconds``: longest silence before the first.
 
         Raises:
             Cut: The stream broke, fell silent, or ended before every answer in it had.
@@ -393,10 +418,10 @@ class Flow:
         import openai
 
         path = "/chat/completions" if "messages" in body else "/completions"
-        stream = await self._asked(path, body)
+        stream = await self._asked(path, body, seconds)
         open_ends = body.get("n", 1)
         try:
-            async for chunk in stream:
+            async for chunk in _paced(stream, self._pause):
                 if isinstance(chunk, dict):
                     self._server.identity.check_answering(chunk.get("model"))
                     open_ends -= sum(1 for one in chunk.get("choices") or () if one.get("finish_reason"))
@@ -404,7 +429,7 @@ class Flow:
         except openai.APIError as error:
             raise Cut(self._server.explainer.scrub(str(error))) from error
         except Exception as error:
-            if not is_transport(error):
+            if not is_transport(error) and not isinstance(error, Silence):
                 raise
             raise Cut(str(error)) from error
         finally:
@@ -412,16 +437,24 @@ class Flow:
         if open_ends > 0:
             raise Cut("the answer ended in its middle")
 
-    async def _asked(self, path: str, body: dict[str, Any]) -> Any:
+    async def _asked(self, path: str, body: dict[str, Any], seconds: float) -> Any:
         """Return the stream that a request begins; what the server refuses and can be left out is left out."""
         import openai
 
+        silence = openai.Timeout(seconds, connect=self._server.explainer.connect_seconds)
         while True:
             self.requests += 1
             try:
-                return await self._server.connection.client.post(
-                    path, body=body, cast_to=object, stream=True, stream_cls=openai.AsyncStream[object]
-                )
+                # The client itself repeats what is not answered, and waits as long each time.
+                async with patience(seconds):
+                    return await self._server.connection.client.post(
+                        path,
+                        body=body,
+                        options={"timeout": silence},
+                        cast_to=object,
+                        stream=True,
+                        stream_cls=openai.AsyncStream[object],
+                    )
             except openai.APIStatusError as error:
                 changed = self._server.without(body, error)
                 if changed is None:
@@ -436,14 +469,32 @@ class Flow:
         single |= {"stream": False, self._server.length_word: 1}
         path = "/chat/completions" if "messages" in body else "/completions"
         try:
-            await self._server.connection.client.with_options(max_retries=_WHY_RETRIES).post(
-                path, body=single, cast_to=object
-            )
+            async with patience(min(_WHY_SECONDS, self._server.explainer.timeout)):
+                await self._server.connection.client.with_options(max_retries=_WHY_RETRIES).post(
+                    path, body=single, cast_to=object
+                )
         except openai.APIStatusError as error:
             if self._server.without(body, error) is None:
                 raise
-        except openai.APIError:
+        except (openai.APIError, Silence):
             return
+
+
+async def _paced(stream: Any, seconds: float) -> AsyncIterator[Any]:
+    """Yield the pieces of a stream.
+
+    Raises:
+        Silence: After one of them the next took longer than ``seconds``.
+    """
+    pieces = aiter(stream)
+    longest: float | None = None
+    while True:
+        async with patience(longest):
+            piece = await anext(pieces, None)
+        if piece is None:
+            return
+        yield piece
+        longest = seconds
 
 
 def _seen(known: list[Given], tokens: Sequence[Given]) -> int:

@@ -90,6 +90,7 @@ class Script:
         usage: Whether it counts.
         key: Which one it wants.
         context: Most tokens.
+        stuck: It takes requests, and answers none of them.
         pause: Seconds before each token.
         dead: Every stream breaks and every request fails.
         loading: How many requests for the list of models are answered that the model is not loaded yet.
@@ -110,6 +111,7 @@ class Script:
     usage: bool = True
     key: str | None = None
     context: int | None = None
+    stuck: bool = False
     pause: float = 0.0
     dead: bool = False
     loading: int = 0
@@ -156,7 +158,12 @@ class Script:
     async def _tell(self, request: Request) -> Response:
         return JSONResponse(self.props)
 
+    async def _silence(self) -> None:
+        while self.stuck:
+            await asyncio.sleep(0.01)
+
     async def _tokenize(self, request: Request) -> Response:
+        await self._silence()
         body = await request.json()
         text = body["messages"][0]["content"] + "?" if "messages" in body else body["prompt"]
         return JSONResponse({"tokens": tokens_of(text), "count": len(tokens_of(text))})
@@ -170,6 +177,7 @@ class Script:
         body = await request.json()
         self.bodies.append(body)
         self.keys.append(request.headers.get("authorization", ""))
+        await self._silence()
         fault = self.faults.popleft() if self.faults else None
         fault = Fault(503, message="shutting down") if self.dead else fault
         if fault is not None and fault.status is not None:
@@ -248,6 +256,8 @@ def serving(script: Script) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
+        # It waits for the requests that it has.
+        script.stuck = False
         server.should_exit = True
         thread.join()
 

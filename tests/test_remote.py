@@ -176,9 +176,11 @@ def test_errors_that_pass() -> None:
     ids=["cut", "cut-unwatched", "clean", "stall"],
 )
 def test_an_answer_that_is_cut_goes_on(owner: str, watched: bool, fault: Fault) -> None:
-    script = Script(owner=owner, faults=deque([fault, fault]))
+    # One that is silent again at the same place is stuck.
+    twice = owner == "vllm" or not fault.stall
+    script = Script(owner=owner, faults=deque([fault, fault] if twice else [fault]))
     seen: list[Step] = []
-    with serving(script) as url, remote.open(url, timeout=0.5) as session:
+    with serving(script) as url, remote.open(url, timeout=1.0) as session:
         prompt = session.chat_prompt(QUESTION)
         (one,) = session.sample(prompt, 1, HOT, new_tokens=14, on_token=seen.append if watched else None)
         check([one], QUESTION + "?", 14, exact=session.exact)
@@ -439,6 +441,48 @@ def test_what_tells_a_served_model_from_another() -> None:
             assert session.served == served
     with serving(Script(models=())) as url, remote.open(url + "#any") as session:
         assert session.served == {}
+
+
+@pytest.mark.parametrize(
+    ("owner", "k", "watched", "after"),
+    [
+        # In the middle of an answer, which may be asked for behind what came of it, or from its beginning.
+        ("vllm", 1, True, 5),
+        ("someone", 1, True, 5),
+        ("someone", 3, False, 5),
+        # Before anything came: at the request, and behind the headers of an answer.
+        ("vllm", 2, True, None),
+        ("someone", 3, False, 0),
+        # One answer after the other.
+        ("me", 3, True, 0),
+    ],
+)
+def test_a_server_that_hangs_is_told_of_in_time(owner: str, k: int, watched: bool, after: int | None) -> None:
+    timeout = 1.0
+    script = Script(owner=owner)
+    with serving(script) as url, remote.open(url, timeout=timeout) as session:
+        prompt = session.chat_prompt(QUESTION)
+        script.stuck = after is None
+        script.faults.extend([Fault(after=after or 0, stall=60)] + [Fault(stall=60)] * 20)
+        told = "after 5 tokens and nothing more for 1 s: .* start it again if it has ended or is stuck"
+        if not after or not watched:
+            told = "said nothing for 1 s: it is overloaded or stuck.*; look at its log, start it again if it is stuck"
+        began = time.perf_counter()
+        with pytest.raises(UserError, match=told):
+            session.sample(prompt, k, HOT, new_tokens=30, on_token=(lambda step: None) if watched else None)
+        # And the pause before the second try.
+        assert time.perf_counter() - began < 4 * timeout
+        assert len(script.bodies) <= (k + 1 if after else k)
+
+
+def test_a_server_that_hangs_between_answers_is_told_of_in_time() -> None:
+    script = Script(owner="vllm")
+    with serving(script) as url, remote.open(url, timeout=0.5) as session:
+        script.stuck = True
+        began = time.perf_counter()
+        with pytest.raises(UserError, match=r"said nothing for 0.5 s"):
+            session.tokenize("abc")
+        assert time.perf_counter() - began < 3
 
 
 def test_another_model_in_an_open_session() -> None:
