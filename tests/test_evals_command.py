@@ -383,13 +383,25 @@ def test_training_on_a_level_tells_what_failures_were(
         *(str(models["student"]), "--task", str(folder / "mixed.jsonl"), "--after", after, *common),
         *("--json", str(tmp_path / "after.json")),
     )
-    cells = json.loads((tmp_path / "after.json").read_text())["rows"][0]["failures"]["cells"]
+    (row,) = json.loads((tmp_path / "after.json").read_text())["rows"]
+    cells = row["failures"]["cells"]
+    assert row["notes"] == []
     # Of six wrong ones five are right after, as if the teacher were the student after training.
     assert cells[0]["causes"] == {"format": 0, "mismatch": 5, "capacity": 0, "undecided": 1}
     with pytest.raises(UserError, match="2 models"):
         invoke(
             str(models["student"]), "--task", str(folder / "mixed.jsonl"), "--after", str(folder / "e.json"), *common
         )
+    # The same prompts with other solutions, and other prompts, under the same name.
+    (tmp_path / "mixed").mkdir()
+    other = save_task(tmp_path / "mixed" / "mixed.jsonl", ["7"] * 8)
+    common = (*common[:-2], "-o", str(tmp_path / "samples"))
+    with pytest.raises(UserError, match="8 of the 8 items of mixed that this evaluation and .* and another question"):
+        invoke(str(models["student"]), "--task", other, "--after", after, *common)
+    write_rows(Path(other), [{"prompt": "Anything else?", "solution": "7", "task": "text"}])
+    invoke(str(models["student"]), "--task", other, "--after", after, *common, "--json", str(tmp_path / "else.json"))
+    (row,) = json.loads((tmp_path / "else.json").read_text())["rows"]
+    assert row["notes"][0] == f"{after} has results of other items of this task: give both the same items and --seed"
 
 
 @pytest.mark.parametrize(
@@ -556,6 +568,14 @@ def test_items_that_were_judged_in_two_ways_are_not_compared(models: dict[str, P
     for one, other in zip(ours, theirs, strict=True):
         with pytest.raises(UserError, match=told):
             invoke("--compare", str(tmp_path / one), str(tmp_path / other))
+        # Nor is one said to be what training made of the other; which is known before a model is asked.
+        folder = tmp_path / "nothing"
+        with pytest.raises(UserError, match=told):
+            invoke(
+                *(str(models["student"]), "--task", str(tmp_path / "a" / "s.jsonl"), "--after", str(tmp_path / other)),
+                *("--k", "1", "--new-tokens", "2", "-o", str(folder)),
+            )
+        assert not folder.exists()
     # What it says to do helps, and asks nobody: an answer that was asked for would have another text.
     samples = tmp_path / "b" / "student" / "s.jsonl"
     samples.write_text(samples.read_text().replace('"text": "', '"text": "kept '))

@@ -13,6 +13,7 @@ from rich.console import Console
 from qad import interrupts
 from qad.errors import Unreachable, UserError
 from qad.evals import calibration, results, table, tasks
+from qad.evals.alike import check_alike, known_of, known_of_task
 from qad.evals.calibration import Judged, confidence_of
 from qad.evals.chains import likeness_to_samples, likeness_to_solutions
 from qad.evals.differences import differences, plain
@@ -125,7 +126,8 @@ class Evaluation:
         console: For progress.
 
     Raises:
-        UserError: A model or a task is missing, or the reference has nothing to be held against.
+        UserError: A model or a task is missing, the reference has nothing to be held against, or the results of after
+            training are of other items or were judged otherwise.
     """
 
     def __init__(self, sources: Sequence[str], reference: str | None, options: Options, console: Console) -> None:
@@ -140,6 +142,10 @@ class Evaluation:
         if repeated := sorted({name for name in twice if twice.count(name) > 1}):
             raise UserError(f"{', '.join(repeated)} is asked for twice: name each task once")
         self._after = {} if options.after is None else results.of_one_model(options.after)
+        for _, task in self._tasks:
+            if task.name in self._after:
+                ours, theirs = known_of_task(task), known_of(self._after[task.name])
+                check_alike(task.name, ours, theirs, ("this evaluation", str(options.after)))
         self._results: dict[tuple[str, str], list[ItemResult]] = {}
         self.rows: list[dict[str, Any]] = []
         self.texts: list[dict[str, Any]] = []
@@ -242,6 +248,10 @@ class Evaluation:
             notes.append("answers of this task cannot be compared, so there is no vote: --methods deliberate")
         if self._after and after is None:
             notes.append(f"{self._options.after} has no results of this task")
+        elif after is not None and not {one.id for one in after} & {one.id for one in found}:
+            notes.append(
+                f"{self._options.after} has results of other items of this task: give both the same items and --seed"
+            )
         cut = cut_off(found)
         if cut["unanswered"] > 0.5:
             notes.append(

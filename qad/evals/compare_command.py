@@ -9,6 +9,7 @@ from rich.console import Console
 
 from qad.errors import UserError
 from qad.evals import results, table
+from qad.evals.alike import check_alike, known_of
 from qad.evals.differences import differences, plain
 from qad.evals.record import write_record
 from qad.evals.results import Result
@@ -26,7 +27,7 @@ def compare_command(files: Sequence[Path], *, margin: float, json_file: Path | N
 
     Raises:
         UserError: A file is missing, damaged or given twice, there is one model only, no item that two share, or one
-            that was judged in two ways.
+            that is another question or was judged in two ways.
     """
     began = time.time()
     if json_file is not None:
@@ -43,7 +44,10 @@ def compare_command(files: Sequence[Path], *, margin: float, json_file: Path | N
         _refuse_one_model(files, found)
     base, *others = tasks_of
     apart = [model for model in others if not set(tasks_of[model]) & set(tasks_of[base])]
-    _check_judges(found, base)
+    ours = {one.task: known_of(one.items) for one in found if one.model == base}
+    for one in found:
+        if one.model != base and one.task in ours:
+            check_alike(one.task, ours[one.task], known_of(one.items), (base, one.model))
     compared = differences(found, margin, base_last=False)
     if not compared:
         told = "; ".join(f"{model} has {', '.join(tasks)}" for model, tasks in tasks_of.items())
@@ -60,29 +64,6 @@ def compare_command(files: Sequence[Path], *, margin: float, json_file: Path | N
         told = f"{model} is not compared: it has {', '.join(tasks_of[model])}, of which {base} has none"
         console.print(told, style="yellow", markup=False, soft_wrap=True)
     return 0
-
-
-def _check_judges(found: Sequence[Result], base: str) -> None:
-    """Check that what is held against each other was judged alike.
-
-    Raises:
-        UserError: An answer to the same question may be right for one judge and wrong for the other.
-    """
-    ours = {one.task: {item.id: item for item in one.items} for one in found if one.model == base}
-    for one in found:
-        if one.model == base or one.task not in ours:
-            continue
-        pairs = [(ours[one.task][item.id], item) for item in one.items if item.id in ours[one.task]]
-        # Other questions of the same name are told of where they are compared.
-        apart = [(mine, other) for mine, other in pairs if mine.item == other.item and mine.judge != other.judge]
-        if apart:
-            mine, other = apart[0]
-            raise UserError(
-                f"{len(apart)} of the {len(pairs)} items of {one.task} that {base} and {one.model} share were judged "
-                f"differently ({mine.id}: by {mine.judge} for {base}, by {other.judge} for {one.model}): give the "
-                "`qad eval` of one once more with the task of the other, which judges the kept texts anew and asks no "
-                "model"
-            )
 
 
 def _refuse_one_model(files: Sequence[Path], found: Sequence[Result]) -> NoReturn:
