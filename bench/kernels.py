@@ -299,6 +299,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    torch.set_grad_enabled(False)  # nobody here has gradients; nobody shall look for any
     if reason := ops.why_reference(device):
         sys.exit(f"error: there are no kernels to measure on {device}: {reason}")
     if arguments.isa and device.type == "cpu":

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from qad.cpu_compiler import (
     NativeUnavailable,
@@ -245,21 +245,13 @@ def fake_quantize(
         How many blocks hold a number that is not finite.
     """
     arguments = _fake_quantize_arguments(master_NK, scales_NG, grid, out, used_scales_NG)
-    return library().qad_fake_quantize(*arguments, _c_noise(noise), torch.get_num_threads())
-
-
-@cache
-def _untyped_fake_quantize(of: ctypes.CDLL) -> Callable[..., int]:
-    """Return the function once more, for arguments that have their types already: a call takes half of the time."""
-    function = of["qad_fake_quantize"]
-    function.restype = ctypes.c_int64
-    return function
+    return library().qad_fake_quantize(*arguments, _c_noise(noise), get_num_threads())
 
 
 def prepare_fake_quantize(
     master_NK: Tensor, scales_NG: Tensor | None, grid: Grid, out: Tensor, used_scales_NG: Tensor | None
 ) -> Callable[[Noise], int]:
-    """Return ``fake_quantize`` of these tensors, checked now and never again.
+    """Return ``fake_quantize`` of these tensors on the instruction set of now, checked now and never again.
 
     The caller must make sure that they keep their memory.
     """
@@ -278,8 +270,12 @@ def prepare_fake_quantize(
         ctypes.c_char_p(c_grid),
     )
 
+    # The function once more without types, because the arguments have theirs: a call takes half of the time.
+    function = library()["qad_fake_quantize"]
+    function.restype = ctypes.c_int64
+
     def call(noise: Noise) -> int:
-        return _untyped_fake_quantize(library())(*arguments, _c_noise(noise), torch.get_num_threads())
+        return function(*arguments, _c_noise(noise), get_num_threads())
 
     return call
 
@@ -308,7 +304,7 @@ def fake_quantize_backward(
         blocks,
         _c_grid(grid),
         _c_noise(noise),
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -327,7 +323,7 @@ def quantize(weight_NK: Tensor, scales_NG: Tensor | None, grid: Grid, codes_NK: 
         _address(stored_NG, blocks, torch.float16),
         blocks,
         _c_grid(grid),
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -341,7 +337,7 @@ def dequantize(codes_NK: Tensor, scales_NG: Tensor, grid: Grid, out: Tensor) -> 
         _DTYPES[out.dtype],
         blocks,
         _c_grid(grid),
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -439,7 +435,7 @@ def divergence(
         temperature,
         next_token_weight,
         keep_logits,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
     return value_T, nll_T
 
