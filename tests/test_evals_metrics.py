@@ -161,8 +161,9 @@ def test_levels_rise_and_items_without_one_come_last() -> None:
 
 def test_the_baseline_counts_equal_answers_together() -> None:
     same = lambda one, other: float(one) == float(other)  # noqa: E731
-    assert majority_baseline(["1", "1.0", "2", "3"], same) == (0.5, "1")
-    assert majority_baseline(["1", ""], same) is None
+    assert majority_baseline([["1"], ["1.0"], ["2"], ["3"]], same) == (0.5, "1")
+    assert majority_baseline([["1"], ["2", "1.0", "1"], ["3", "1"], ["2"]], same) == (0.75, "1")
+    assert majority_baseline([["1"], []], same) is None
     assert majority_baseline([], same) is None
 
 

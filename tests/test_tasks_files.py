@@ -7,6 +7,7 @@ import pytest
 
 from qad.errors import UserError
 from qad.evals import tasks
+from qad.evals.samples import fingerprint
 from tests.helpers_rows import write_rows
 
 
@@ -41,13 +42,43 @@ def test_a_file_asks_nothing_twice_but_what_differs_to_the_letter(tmp_path: Path
     assert [item.prompt for item in tasks.load(path, limit=3).items] == [prompts[index] for index in (0, 1, 3)]
 
 
+def test_each_of_several_solutions_is_right(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "A root of x^2 = 4?", "solution": [2, "-2"]},
+        {"prompt": "A root of x^2 = 9?", "solution": "3"},
+    ]
+    path = write_rows(tmp_path / "roots.jsonl", rows)
+    task = tasks.load(str(path))
+    first, second = task.items
+    # All of them say how they are compared.
+    assert task.kind == "math"
+    assert (first.accepted, second.accepted) == (("2", "-2"), ("3",))
+    for answer, right in (("2", True), ("-2.0", True), ("3", False)):
+        assert task.score(first, f"\\boxed{{{answer}}}").correct == right
+    assert task.score(first, "\\boxed{3}").detail == "expected 2 or -2"
+    # Answers that were judged by other solutions are those of another item; of a single one they are as they were.
+    write_rows(path, [{**rows[0], "solution": ["2"]}, rows[1]])
+    again = tasks.load(str(path)).items
+    assert fingerprint(again[0]) != fingerprint(first)
+    write_rows(path, [{**rows[0], "solution": "2"}, rows[1]])
+    assert fingerprint(tasks.load(str(path)).items[0]) == fingerprint(again[0])
+    words = [{"prompt": "A sea?", "solution": ["North Sea", "7"]}]
+    assert tasks.load(str(write_rows(path, words))).kind == "text"
+
+
 TESTED = {"prompt": "f", "task": "code", "meta": {"tests": "f(1)"}}
 
 
 @pytest.mark.parametrize(
     ("first", "second", "fault"),
     [
-        ({"prompt": "a", "solution": "4"}, {"prompt": "a ", "solution": 5}, r"another `solution` \('4' and '5'\)"),
+        (
+            {"prompt": "a", "solution": "4"},
+            {"prompt": "a ", "solution": 5},
+            r"another `solution` \('4' and '5'\): keep one of them; if each is right, .* a list, .*: \[\"4\", \"5\"\]$",
+        ),
+        ({"prompt": "a", "solution": "4"}, {"prompt": "a", "solution": [5, "4"]}, "another `solution`"),
+        ({"prompt": "a", "solution": ["4", "5"]}, {"prompt": "a", "solution": [5, "4", "4 "]}, None),
         ({"prompt": "a", "solution": "4", "task": "text"}, {"prompt": "a", "solution": "4"}, "another `task`"),
         (TESTED, {**TESTED, "meta": {"tests": "f(2)"}}, "other tests in `meta`"),
         (TESTED, {**TESTED, "solution": "f = abs", "meta": {"tests": "f(1)", "from": "me"}}, None),
@@ -154,7 +185,10 @@ def test_a_file_of_items_of_reasoning_gym_is_judged_by_its_scorer(tmp_path: Path
         ('{"prompt": "a\tb"}\n', r"row 1: invalid JSON \(Invalid control character at column 14\)"),
         ('{"question": "a"}\n', "`prompt` is missing"),
         ('{"prompt": "a"}\n', "`solution` is missing"),
-        ('{"prompt": "a", "solution": [1]}\n', "`solution` is list"),
+        ('{"prompt": "a", "solution": {"a": 1}}\n', "`solution` is dict"),
+        ('{"prompt": "a", "solution": []}\n', "`solution` is an empty list"),
+        ('{"prompt": "a", "solution": ["b", null]}\n', "`solution` is a list with None in it"),
+        ('{"prompt": "a", "solution": ["b", " "]}\n', "`solution` is a list with ' ' in it"),
         ('{"prompt": "a", "solution": "b", "level": "hard"}\n', "`level` is 'hard'"),
         ('{"prompt": "a", "solution": "b", "task": "maths"}\n', "unknown `task` 'maths'"),
         ('{"prompt": "a", "solution": "b", "task": ["math"]}\n', "unknown `task` .'math'."),

@@ -240,7 +240,7 @@ class Evaluation:
         # No two programs are the same: the most frequent one says nothing.
         if kind is not None and kind != "code":
             baseline = majority_baseline(
-                [item.solution for item in task.items], lambda one, other: same(one, other, kind)
+                [item.accepted for item in task.items], lambda one, other: same(one, other, kind)
             )
         after = self._after.get(task.name)
         notes = []

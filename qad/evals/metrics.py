@@ -174,31 +174,30 @@ def by_level(items: Sequence[ItemResult]) -> dict[int | None, list[ItemResult]]:
     return {level: [item for item in items if item.level == level] for level in levels}
 
 
-def majority_baseline(solutions: Sequence[str], same: Callable[[str, str], bool]) -> tuple[float, str] | None:
+def majority_baseline(accepted: Sequence[Sequence[str]], same: Callable[[str, str], bool]) -> tuple[float, str] | None:
     """Return the share of items that the most frequent right answer solves, and that answer.
 
     It is counted on the items themselves: the best that anybody can reach without reading the questions.
 
     Args:
-        solutions: Right answer of each item.
+        accepted: Right answers of each item.
         same: Tells whether two answers are the same.
 
     Returns:
         None if an item has no solution that is known.
     """
-    if not solutions or not all(solutions):
+    if not accepted or not all(accepted):
         return None
-    # Equal texts first: comparing answers as mathematics is slow.
+    # Each text once: comparing answers as mathematics is slow.
+    first: dict[str, str] = {}
+    for solution in (text for texts in accepted for text in texts):
+        if solution not in first:
+            first[solution] = next(
+                (known for known in dict.fromkeys(first.values()) if same(solution, known)), solution
+            )
     counts: dict[str, int] = {}
-    for solution in solutions:
-        counts[solution] = counts.get(solution, 0) + 1
-    classes: list[tuple[str, int]] = []
-    for solution, count in counts.items():
-        for index, (known, so_far) in enumerate(classes):
-            if same(solution, known):
-                classes[index] = (known, so_far + count)
-                break
-        else:
-            classes.append((solution, count))
-    answer, count = max(classes, key=lambda entry: entry[1])
-    return count / len(solutions), answer
+    for texts in accepted:
+        for answer in dict.fromkeys(first[text] for text in texts):
+            counts[answer] = counts.get(answer, 0) + 1
+    answer, count = max(counts.items(), key=lambda entry: entry[1])
+    return count / len(accepted), answer

@@ -99,8 +99,9 @@ def sample_of(row: dict[str, Any]) -> Sample:
 
 
 def fingerprint(item: Item) -> str:
-    """Return what tells an item from a changed one: 16 hexadecimal digits of its prompt, solution and judge's data."""
-    parts = json.dumps([item.prompt, item.solution, dict(item.meta)], sort_keys=True, default=str)
+    """Return what tells an item from a changed one: 16 hexadecimal digits of its prompt, solutions and judge's data."""
+    told = [item.prompt, item.solution, dict(item.meta), *([list(item.others)] if item.others else [])]
+    parts = json.dumps(told, sort_keys=True, default=str)
     return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

@@ -19,6 +19,7 @@ class Item:
         id: Stable over runs and unique within the task.
         prompt: The user's message, complete: what form the answer shall have stands in it.
         solution: The right answer, or one of them; empty where only a checker can tell.
+        others: Answers that are right as well.
         level: Difficulty as the source gives it, higher is harder; None if it gives none.
         chain: A worked solution of the source or of a teacher, to compare chains with; None if there is none.
         meta: What the task needs to judge answers, as JSON types.
@@ -30,6 +31,12 @@ class Item:
     level: int | None = None
     chain: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All answers that are right, as far as they are known."""
+        return (self.solution, *self.others) if self.solution else ()
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def distinct(items: Iterable[Item], others: Iterable[Item] = ()) -> list[Item]:
 
 @dataclass(frozen=True)
 class ComparedTask:
-    """Items whose answers are compared with one solution.
+    """Items whose answers are compared with their solutions.
 
     Attributes:
         name: Under which results are kept.
@@ -68,8 +68,8 @@ class ComparedTask:
         kept = self.form.kept_by(text)
         if answer is None:
             return Score(False, None, kept, NO_ANSWER if reason == "stop" else CUT_OFF)
-        right = same(answer, item.solution, self.kind)
-        return Score(right, answer, kept, "" if right else f"expected {item.solution[:80]}")
+        right = any(same(answer, solution, self.kind) for solution in item.accepted)
+        return Score(right, answer, kept, "" if right else f"expected {' or '.join(item.accepted)[:80]}")
 
 
 @dataclass(frozen=True)

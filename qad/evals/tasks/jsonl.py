@@ -2,7 +2,8 @@
 
 ``task`` says how an answer is judged: ``math``, ``choice``, ``text``; ``code`` with ``meta`` that has ``tests`` (Python
 that calls the answer's functions, and ``setup`` for what it needs); or ``reasoning_gym:NAME`` with the ``meta`` that
-such an item has. Prompts are taken as they are: what form the answer shall have stands in them.
+such an item has. Where several answers are right, ``solution`` is a list of them. Prompts are taken as they are: what
+form the answer shall have stands in them.
 
 The rows without a ``task`` are compared in one way, which their own solutions say: as choices if each is one capital
 letter, as mathematics if each is a number, else as text. One way for all, because answers of a single kind can be
@@ -10,11 +11,12 @@ voted on, and because a number among words is a word. It is the same whatever th
 rows are asked, and ``MixedTask.notes`` tells it.
 
 A prompt that comes twice, to the letter (white space at its ends aside), is asked once. The second row has to agree in
-the solution or, of code, in the tests: which of two is right nobody could say.
+the solutions or, of code, in the tests: whether one of two is wrong, or both are right, nobody could say.
 """
 
+import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +38,22 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise UserError(f"{where}: `{column}` is {type(value).__name__}; expected a string")
+
+
+def _accepted(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Return the right answers of a row: of a list each, once."""
+    value = row.get("solution")
+    if not isinstance(value, list):
+        text = _text(row, "solution", where)
+        return (text,) if text else ()
+    texts = []
+    for entry in value:
+        if not isinstance(entry, str | int | float) or isinstance(entry, bool) or not str(entry).strip():
+            raise UserError(f"{where}: `solution` is a list with {entry!r} in it; expected answers as strings")
+        texts.append(str(entry))
+    if not texts:
+        raise UserError(f"{where}: `solution` is an empty list; expected a right answer, or several")
+    return tuple(dict.fromkeys(texts))
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> str:
@@ -86,11 +104,11 @@ def load(path: Path, *, limit: int | None = None) -> MixedTask:
             contradicts another row.
     """
     rows = read_rows(path)
-    solutions = [_text(row, "solution", where) for where, row in rows]
+    solutions = [_accepted(row, where) for where, row in rows]
     # A row that says nothing has no task, or an empty one, as spreadsheets write it.
     undeclared = [row.get("task") in (None, "") for _, row in rows]
     # Of the whole file: a limit shall not change how the first rows are compared.
-    guessed = _guessed([text for text, free in zip(solutions, undeclared, strict=True) if free and text])
+    guessed = _guessed([text for texts, free in zip(solutions, undeclared, strict=True) if free for text in texts])
     named = [guessed if free else row["task"] for (_, row), free in zip(rows, undeclared, strict=True)]
     first_rows = _first_rows(rows, solutions, named)
     asked = first_rows[:limit]
@@ -102,7 +120,8 @@ def load(path: Path, *, limit: int | None = None) -> MixedTask:
         item = Item(
             id=item_id(index, prompt),
             prompt=prompt,
-            solution=solutions[index] or "",
+            solution=next(iter(solutions[index]), ""),
+            others=solutions[index][1:],
             level=_level(row, where),
             chain=_text(row, "chain", where),
             meta=_meta(row, where),
@@ -118,7 +137,7 @@ def load(path: Path, *, limit: int | None = None) -> MixedTask:
 
 
 def _first_rows(
-    rows: Sequence[tuple[str, Mapping[str, Any]]], solutions: Sequence[str | None], named: Sequence[Any]
+    rows: Sequence[tuple[str, Mapping[str, Any]]], solutions: Sequence[tuple[str, ...]], named: Sequence[Any]
 ) -> list[int]:
     """Return the indices of the rows whose prompt no earlier row has.
 
@@ -128,17 +147,21 @@ def _first_rows(
     found: dict[str, int] = {}
     for index, (where, row) in enumerate(rows):
         earlier = found.setdefault(_prompt(row, where).strip(), index)
-        fault = None
+        fault = remedy = None
         if named[index] != named[earlier]:
             fault = f"another `task` ({named[earlier]!r} and {named[index]!r})"
         elif named[index] == "code":
             if _judged_code(*rows[index]) != _judged_code(*rows[earlier]):
                 fault = "other tests in `meta`"
-        elif (solutions[index] or "").strip() != (solutions[earlier] or "").strip():
+        elif {text.strip() for text in solutions[index]} != {text.strip() for text in solutions[earlier]}:
+            both = dict.fromkeys((*solutions[earlier], *solutions[index]))
             fault = f"another `solution` ({_short(solutions[earlier])} and {_short(solutions[index])})"
+            if all(map(len, both)):
+                remedy = f'; if each is right, keep one row with all of them as a list, "solution": {_listed(both)}'
         if fault:
             raise UserError(
                 f"{rows[earlier][0]} and {rows[index][0]} have the same prompt and {fault}: keep one of them"
+                f"{remedy or ''}"
             )
     return list(found.values())
 
@@ -147,8 +170,13 @@ def _judged_code(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in _meta(row, where).items() if name in ("tests", "setup", "head", "name")}
 
 
-def _short(solution: str | None) -> str:
-    return textwrap.shorten(repr(solution), 60, placeholder="…")
+def _short(accepted: Sequence[str]) -> str:
+    told = repr(accepted[0]) if len(accepted) == 1 else repr(list(accepted)) if accepted else "none"
+    return textwrap.shorten(told, 60, placeholder="…")
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return textwrap.shorten(json.dumps(list(texts), ensure_ascii=False), 120, placeholder="…")
 
 
 def _judge(judge: Any, item: Item, where: str) -> Task:
