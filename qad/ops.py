@@ -1,9 +1,9 @@
 """One call per operation: the kernel that fits the tensors, or else the plain-torch reference, with the same bits.
 
-Two doors lead in. ``fake_quantize`` and ``fake_quantize_backward`` work on buffers that the caller owns; the trainer
-goes through them. ``torch.ops.qad.*`` are the same as operators that PyTorch knows (schemas, shapes without data,
-gradients), so that a model that calls them can be traced by ``torch.compile(fullgraph=True)`` and exported; what they
-give up is the owned buffer: an operator returns new tensors.
+Two doors lead in. ``fake_quantize`` and ``fake_quantize_backward`` work on buffers that the caller owns, and so does
+``FakeQuantizer``, for the same ones again and again; the trainer goes through them. ``torch.ops.qad.*`` are the same as
+operators that PyTorch knows (schemas, shapes without data, gradients), so that a model that calls them can be traced by
+``torch.compile(fullgraph=True)`` and exported; what they give up is the owned buffer: an operator returns new tensors.
 
 Shapes: N output features, K input features, G blocks along K, C tokens, V vocabulary.
 """
