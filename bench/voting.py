@@ -134,7 +134,7 @@ def train(folder: Path, options: argparse.Namespace, console: Console) -> Path:
     return file
 
 
-def judge(model: Model, name: str, options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
+def judge(model: Model, name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return the figures of one task."""
     task = load(PREFIX + name, limit=options.items)
     assert task.kind is not None
@@ -234,7 +234,7 @@ def main() -> None:
     with Model(file, Path(file).stem, {"threads": options.threads}) as model:
         rows = []
         for name in options.tasks.split(","):
-            rows.append(judge(model, name, options, options.output, console))
+            rows.append(judge(model, name, options, options.output))
             console.print(f"{name}: done")
     show(rows, console)
     if options.json:

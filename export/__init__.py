@@ -1,7 +1,5 @@
 """Exporters: one module per file format, each satisfying ``Exporter``. The folder listing is the registry."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qad.artifact import Artifact
-from qad.errors import UserError, unknown_name
+from qad.errors import UserError
+from qad.registry import module_named, module_names
 
 OnProgress = Callable[[int, int], None]
 # Stands before the run's hash in files whose weights were rounded again on the way: see qad.requantize.
@@ -186,7 +185,7 @@ class Exporter(Protocol):
 
 def names() -> list[str]:
     """Return the names of the formats."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return module_names(__name__)
 
 
 def get(name: str) -> Exporter:
@@ -195,9 +194,7 @@ def get(name: str) -> Exporter:
     Raises:
         UserError: No such format; the message lists those there are.
     """
-    if name not in names():
-        raise unknown_name("format", name, names())
-    return cast(Exporter, importlib.import_module(f"{__name__}.{name}"))
+    return cast(Exporter, module_named(__name__, name, "format"))
 
 
 def exporter_for(path: Path) -> Exporter:

@@ -8,13 +8,13 @@ Shapes: T tokens, V vocabulary.
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qad import runtimes
 from qad.artifact import open_artifact
+from qad.closing import Closing
 from qad.errors import UserError
 
 QUESTION = "Explain in two sentences why leaves are green."
@@ -95,7 +95,7 @@ def _answer(session: runtimes.Session, prompt: list[int]) -> Answer:
     return Answer(tokens, "".join(piece.text for piece in pieces).strip())
 
 
-class Judge:
+class Judge(Closing):
     """Torch on a run's artifact, opened once for all files that are compared with it.
 
     Attributes:
@@ -159,12 +159,6 @@ class Judge:
     def close(self) -> None:
         """Free the model."""
         self.session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def compare_runtime(run: Path, file: Path, text: str, threads: int | None = None) -> Agreement:

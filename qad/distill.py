@@ -43,7 +43,7 @@ from qad.tensor import dequantize
 from qad.train import CHECKPOINTS, Collator, QADTrainer, checkpoint_step, last_checkpoint, padding_id
 
 
-def _measure_rounded(recipe: Recipe, run: Path, student: PreTrainedModel, plan: Plan, trainer_measure: Any) -> Quality:
+def _measure_rounded(run: Path, student: PreTrainedModel, plan: Plan, trainer_measure: Any) -> Quality:
     """Return the figures of the student rounded to nearest; kept in the run folder for when it is resumed."""
     file = run / "rounded.json"
     if file.exists():
@@ -168,7 +168,7 @@ def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
         callbacks=[bar, JsonLog(run, None if checkpoint is None else checkpoint_step(checkpoint))],
     )
     whole_quality = trainer.measure_model(teacher.model if taught else untrained)
-    rounded_quality = _measure_rounded(recipe, run, untrained, plan, trainer.measure_model)
+    rounded_quality = _measure_rounded(run, untrained, plan, trainer.measure_model)
     del untrained
     if checkpoint is None:
         trainer.evaluate()

@@ -33,7 +33,7 @@ from qad.tensor import absmax_scales, as_blocks, damaged_blocks, scale_blocks
 _ELEMENT_STREAM, _BLOCK_STREAM = 0, 1
 
 
-def _noisy_codes(scaled: Tensor, grid: Grid, noise: Noise) -> Tensor:
+def _noisy_codes(scaled: Tensor, noise: Noise) -> Tensor:
     """Return the (fractional, unless hard) codes of scaled blocks [N, G, block] before clipping."""
     hard = scaled.round()
     if noise.is_hard:
@@ -90,7 +90,7 @@ def fake_quantize(
     """
     master = master_NK.to(torch.float32)
     scales_NG, offsets_NG = _decoded(master, scales_NG, offsets_NG, grid)
-    codes = _noisy_codes(scale_blocks(as_blocks(master, grid), scales_NG, offsets_NG), grid, noise)
+    codes = _noisy_codes(scale_blocks(as_blocks(master, grid), scales_NG, offsets_NG), noise)
     # A stored code has one zero; adding 0.0 turns -0.0 into it, or a negative scale would flip the sign bit.
     codes.clamp_(grid.code_min, grid.code_max).add_(0.0)
     out = torch.empty_like(master_NK) if out is None else out
@@ -148,7 +148,7 @@ def fake_quantize_backward(
     grad_scales_NG = None
     if learn_scales:
         # Not in place: the codes of unquantized blocks are ``scaled`` itself.
-        by_scale = _noisy_codes(scaled, grid, noise).clamp(grid.code_min, grid.code_max).add_(0.0)
+        by_scale = _noisy_codes(scaled, noise).clamp(grid.code_min, grid.code_max).add_(0.0)
         by_scale = by_scale.sub_(scaled.masked_fill_(outside, 0.0)).mul_(grad)
         grad_scales_NG = fold_sum(by_scale).masked_fill_(damaged_NG, 0.0)
     grad.masked_fill_(outside, 0.0)

@@ -5,9 +5,7 @@ Whoever judges or uses a model asks for a ``Session`` and stays blind to the eng
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qad import export
-from qad.errors import UserError, unknown_name
+from qad.errors import UserError
+from qad.registry import module_named, module_names
 from qad.runtimes._memory import check_weights
 from qad.runtimes._sampling import GREEDY, Sampling, choose
 from qad.runtimes._trajectories import Lost, OnToken, Reason, Step, Trajectory, Work
@@ -217,7 +216,7 @@ def is_url(source: str | Path) -> bool:
 
 def names() -> list[str]:
     """Return the names of the runtimes."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return module_names(__name__)
 
 
 def get(name: str) -> Runtime:
@@ -226,9 +225,7 @@ def get(name: str) -> Runtime:
     Raises:
         UserError: No such runtime; the message lists those there are.
     """
-    if name not in names():
-        raise unknown_name("runtime", name, names())
-    return cast(Runtime, importlib.import_module(f"{__name__}.{name}"))
+    return cast(Runtime, module_named(__name__, name, "runtime"))
 
 
 def format_of(path: Path) -> str:

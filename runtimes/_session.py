@@ -4,16 +4,16 @@ Shapes: V vocabulary.
 """
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from qad.closing import Closing
 from qad.errors import UserError
 from qad.runtimes import GREEDY, Ending, OnToken, Piece, Sampling, Trajectory, Work, choose
 from qad.runtimes._memory import check_caches, free_bytes
@@ -44,7 +44,7 @@ class TokenizerText:
         return self._text()[len(self._shown) :]
 
 
-class TokenizerSession(ABC):
+class TokenizerSession(Closing):
     """A session with a tokenizer of transformers.
 
     Args:
@@ -70,10 +70,6 @@ class TokenizerSession(ABC):
     @abstractmethod
     def _next(self, tokens: Sequence[int], cache: Any) -> tuple[NDArray[np.float32], Any]:
         """Return the logits after the last token, shape [V], and the cache that includes them all."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free the model. May be called twice."""
 
     @property
     def context(self) -> int:
@@ -202,11 +198,3 @@ class TokenizerSession(ABC):
             began=began,
         )
         return sample_rows(request, rows, logits_V)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

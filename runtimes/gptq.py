@@ -23,7 +23,7 @@ from qad.errors import UserError
 from qad.export._gptq_decode import read_json
 from qad.model import load_tokenizer
 from qad.runtimes import _cores
-from qad.runtimes.reference import TorchSession
+from qad.runtimes.reference import TorchSession, check_device
 
 FORMATS = ("gptq",)
 
@@ -112,10 +112,7 @@ def open(path: Path, device: str = "cpu", threads: int | None = None) -> TorchSe
     Raises:
         UserError: See ``load``; or no GPU.
     """
-    if device not in ("cpu", "gpu"):
-        raise UserError(f"unknown device {device!r}: cpu or gpu")
-    if device == "gpu" and not torch.cuda.is_available():
-        raise UserError("torch sees no GPU: use cpu")
+    check_device(device)
     tokenizer = load_tokenizer(str(path))
     model = load(path, device)
     torch.set_num_threads(threads or _cores.free_cores())

@@ -10,12 +10,11 @@ Shapes: B batch, T tokens, V vocabulary, K trajectories, R rows of logits.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qad.closing import Closing
 from qad.errors import UserError
 from qad.gguf_check import check_gguf
 from qad.runtimes import GREEDY, Ending, OnToken, Piece, Sampling, Step, Trajectory, Work, _cores, choose
@@ -83,7 +82,7 @@ class _SharedRows:
         self._free()
 
 
-class LlamaSession:
+class LlamaSession(Closing):
     """A GGUF model in llama.cpp. Satisfies ``qad.runtimes.Session``."""
 
     def __init__(self, path: Path, options: Options, gpu_layers: int) -> None:
@@ -308,14 +307,6 @@ class LlamaSession:
         """Free the model and its context. May be called twice."""
         self._context.close()
         self._model.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open(  # noqa: A001

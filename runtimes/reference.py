@@ -159,6 +159,18 @@ class TorchSession(TokenizerSession):
         self._model = None
 
 
+def check_device(device: str) -> None:
+    """Check that torch runs on a device here.
+
+    Raises:
+        UserError: It is neither ``cpu`` nor ``gpu``, or there is no GPU.
+    """
+    if device not in ("cpu", "gpu"):
+        raise UserError(f"unknown device {device!r}: cpu or gpu")
+    if device == "gpu" and not torch.cuda.is_available():
+        raise UserError("torch sees no GPU: use cpu")
+
+
 def open(path: Path, device: str = "cpu", threads: int | None = None) -> TorchSession:  # noqa: A001
     """Open a run, its artifact folder, or a Hugging Face folder.
 
@@ -170,10 +182,7 @@ def open(path: Path, device: str = "cpu", threads: int | None = None) -> TorchSe
     Raises:
         UserError: Nothing usable there, or no GPU.
     """
-    if device not in ("cpu", "gpu"):
-        raise UserError(f"unknown device {device!r}: cpu or gpu")
-    if device == "gpu" and not torch.cuda.is_available():
-        raise UserError("torch sees no GPU: use cpu")
+    check_device(device)
     torch.set_num_threads(threads or _cores.free_cores())
     if format_of(path) == ARTIFACT:
         artifact = open_artifact(path)

@@ -22,12 +22,12 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qad.closing import Closing
 from qad.errors import UserError
 from qad.runtimes import GREEDY, URL, Ending, Lost, OnToken, Piece, Sampling, Trajectory, Work, plain_url
 from qad.runtimes._remote_server import Server, available
@@ -50,7 +50,7 @@ _REASONS: dict[str, Reason] = {"length": "length"}
 _GIVEN_UP = ("abort", "error")
 
 
-class RemoteSession:
+class RemoteSession(Closing):
     """A model of a server.
 
     Args:
@@ -330,14 +330,6 @@ class RemoteSession:
     def close(self) -> None:
         """Close all connections. May be called twice."""
         self._server.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _counted(usage: dict[str, Any] | None, name: str) -> int:

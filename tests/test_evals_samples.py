@@ -402,7 +402,7 @@ def test_judging_anew_leaves_the_file_alone_until_it_is_done(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------------ a real model
 
 
-def save_task(path: Path, count: int, chain: bool = False) -> Task:
+def save_task(path: Path, count: int) -> Task:
     rows = [{"prompt": f"Say {index}.", "solution": str(index), "task": "math"} for index in range(count)]
     return load_task(str(write_rows(path, rows)))
 

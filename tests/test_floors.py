@@ -16,6 +16,8 @@ FLOORS = {
     # F0: facts and tables; standard library and numpy
     "qad": 0,
     "qad.errors": 0,
+    "qad.registry": 0,
+    "qad.closing": 0,
     "qad.files": 0,
     "qad.interrupts": 0,
     "qad.grid": 0,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qad.errors import UserError
 from qad.runtimes import Sampling
-from qad.think.confidence import Running, bottom_windows, confidence, lowest_window, mean_logprob, weight
+from qad.think.confidence import Running, confidence, lowest_window, mean_logprob, weight
 from qad.think.consensus import chance_unchanged, is_decided
 from qad.think.options import ThinkOptions
 from qad.think.vote import vote
@@ -80,11 +80,9 @@ def test_confidence_by_hand() -> None:
     assert lowest_window(logprobs, 2) == pytest.approx(-1.5)
     assert lowest_window(logprobs, 1) == pytest.approx(-2.0)
     assert lowest_window(logprobs, 5) == lowest_window(logprobs, 99) == pytest.approx(-0.72)
-    assert bottom_windows(logprobs, 2, share=0.5) == pytest.approx((-1.5 - 1.15) / 2)
-    assert bottom_windows(logprobs, 2, share=0.01) == pytest.approx(-1.5)
     assert weight(mean_logprob([math.log(0.5), math.log(0.125)])) == pytest.approx(0.25)
     assert confidence(logprobs, "mean") == mean_logprob(logprobs)
-    for empty in (mean_logprob([]), lowest_window([], 4), bottom_windows([], 4)):
+    for empty in (mean_logprob([]), lowest_window([], 4)):
         assert empty == -math.inf
     assert weight(-math.inf) == 0.0
 

@@ -11,8 +11,6 @@ from typing import Any
 Message = dict[str, str]
 Row = dict[str, Any]
 
-COLUMNS = ("text", "prompt", "completion", "sample_id")
-
 
 def sample_id(row: Row) -> str:
     """Return 16 hexadecimal digits that depend on a row's content alone."""

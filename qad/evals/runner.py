@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from qad import interrupts
 from qad.bench_run import digest
+from qad.closing import Closing
 from qad.errors import UserError, unknown_name
 from qad.evals.item_results import result_of
 from qad.evals.metrics import ItemResult
@@ -72,7 +72,7 @@ class Asking:
         )
 
 
-class Model:
+class Model(Closing):
     """A model that is opened when somebody asks it something, and then stays open.
 
     Args:
@@ -152,14 +152,6 @@ class Model:
         if self._session is not None:
             self._session.close()
             self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def check_methods(methods: Sequence[str]) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
+from qad.closing import Closing
 from qad.errors import UserError
 from qad.evals.setting import FORMAT, Setting, agreed
 from qad.evals.task import JUDGING, Item, Task
@@ -206,7 +206,7 @@ class Rows:
         return tuple(found)
 
 
-class SampleFile:
+class SampleFile(Closing):
     """A file of samples, open for more.
 
     Args:
@@ -362,11 +362,3 @@ class SampleFile:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -1,15 +1,12 @@
 """Recipes: one file each, whose function ``recipe`` returns a ``Recipe``. The folder listing is the registry."""
 
-import importlib
-import pkgutil
-
-from qad.errors import unknown_name
 from qad.recipe import Recipe
+from qad.registry import module_named, module_names
 
 
 def names() -> list[str]:
     """Return the names of all recipes."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return module_names(__name__)
 
 
 def get(name: str) -> Recipe:
@@ -18,6 +15,4 @@ def get(name: str) -> Recipe:
     Raises:
         UserError: No such recipe; the message lists those there are.
     """
-    if name not in names():
-        raise unknown_name("recipe", name, names())
-    return importlib.import_module(f"{__name__}.{name}").recipe()
+    return module_named(__name__, name, "recipe").recipe()

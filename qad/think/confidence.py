@@ -33,26 +33,14 @@ def mean_logprob(logprobs: Sequence[float]) -> float:
 
 def lowest_window(logprobs: Sequence[float], window: int) -> float:
     """Return the lowest mean of ``window`` tokens in a row; of all, if there are fewer; minus infinity of none."""
-    means = _window_means(logprobs, window)
-    return float(means.min()) if len(means) else -math.inf
-
-
-def bottom_windows(logprobs: Sequence[float], window: int, share: float = 0.1) -> float:
-    """Return the mean over the lowest share of the windows: DeepConf's bottom-10 % confidence, at least one window."""
-    means = np.sort(_window_means(logprobs, window))
-    return float(means[: max(1, round(share * len(means)))].mean()) if len(means) else -math.inf
-
-
-def _window_means(logprobs: Sequence[float], window: int) -> np.ndarray:
-    """Return the mean of each ``window`` tokens in a row, from the first on; of all, if there are fewer."""
     assert window > 0, window
     known = np.asarray(logprobs, dtype=np.float64)
     known = known[~np.isnan(known)]
     if not len(known):
-        return np.empty(0)
+        return -math.inf
     sums = np.concatenate([[0.0], np.cumsum(known)])
     size = min(window, len(known))
-    return (sums[size:] - sums[:-size]) / size
+    return float(((sums[size:] - sums[:-size]) / size).min())
 
 
 def confidence(logprobs: Sequence[float], measure: Measure = "lowest", window: int = 64) -> float:

@@ -291,7 +291,7 @@ def parse(name: str) -> tuple[str, int | None]:
     return dataset, int(told)
 
 
-def _items(dataset: str, level: int | None, seed: int, first: int, made: Any) -> list[Item]:
+def _items(dataset: str, level: int | None, seed: int, made: Any) -> list[Item]:
     form = _form(dataset)
     items = []
     for index, each in made:
@@ -329,8 +329,8 @@ def load(name: str, *, limit: int | None = None, seed: int = 0, split: str = "te
     test = _entries(dataset, level, seed, 0, count)
     made, others = test, []
     if split == "train":
-        made, others = _entries(dataset, level, seed, _TRAINING, count), _items(dataset, level, seed, 0, test)
-    items = distinct(_items(dataset, level, seed, 0, made), others)
+        made, others = _entries(dataset, level, seed, _TRAINING, count), _items(dataset, level, seed, test)
+    items = distinct(_items(dataset, level, seed, made), others)
     by_index = dict(made)
     entries = {item.id: by_index[item.meta["index"]] for item in items}
     return ProceduralTask(name, "math" if dataset in _NUMBERS else "text", items, dataset, entries)
@@ -351,11 +351,11 @@ def training(name: str, *, seed: int = 0, besides: int) -> Iterator[tuple[Item, 
     tested: list[tuple[int, dict[str, Any]]] = []
     for first in range(0, besides, _SIZE):
         tested += _entries(dataset, level, 0, first, min(_SIZE, besides - first))
-    seen = {digest(item.prompt) for item in _items(dataset, level, 0, 0, tested)}
+    seen = {digest(item.prompt) for item in _items(dataset, level, 0, tested)}
     for first in range(_TRAINING, _SPACING - _SIZE, _SIZE):
         made = _entries(dataset, level, seed, first, _SIZE)
         new = 0
-        for item, (_, each) in zip(_items(dataset, level, seed, first, made), made, strict=True):
+        for item, (_, each) in zip(_items(dataset, level, seed, made), made, strict=True):
             if (key := digest(item.prompt)) not in seen:
                 seen.add(key)
                 new += 1
