@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from qad.artifact import Artifact
 from qad.errors import UserError
+from qad.files import is_dropping
 from qad.hf_tokenizer import one_line
 
 # Written anew, or read by nobody but qad.
@@ -33,7 +34,7 @@ _TOKENIZER_FILES = {
 def copy_companions(artifact: Artifact, tokenizer: Any, folder: Path) -> None:
     """Copy the tokenizer's files and the chat template, and write the generation settings."""
     for file in artifact.folder.iterdir():
-        if file.is_file() and file.name not in _OWN_FILES:
+        if file.is_file() and file.name not in _OWN_FILES and not is_dropping(file):
             shutil.copyfile(file, folder / file.name)
     _generation_config(artifact, tokenizer).save_pretrained(folder)
 
@@ -86,7 +87,8 @@ def check_target(
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file, and {format} is a folder: name it otherwise with -o")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    entries = [entry for entry in folder.iterdir() if not is_dropping(entry)] if folder.is_dir() else []
+    if not entries:
         return
     try:
         ours = run_hash(folder) is not None
@@ -97,7 +99,7 @@ def check_target(
     known = _TOKENIZER_FILES | {file.name for file in artifact.folder.iterdir()}
     others = sorted(
         entry.name
-        for entry in folder.iterdir()
+        for entry in entries
         if not entry.is_file() or not (entry.name in known or any(fnmatchcase(entry.name, name) for name in files))
     )
     if others:

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qad.architectures import ARCHITECTURES
 from qad.errors import UserError
-from qad.files import recover_folder, replacing_folder, sha256_of_file
+from qad.files import is_dropping, recover_folder, replacing_folder, sha256_of_file
 from qad.grid import get_grid
 from qad.scales import StoredScales, part_dtype
 from qad.tensor import QuantizedTensor, dequantize
@@ -107,7 +107,7 @@ class Artifact:
 def _hash(description: Mapping[str, Any], folder: Path) -> str:
     """Return the hash of a description and of every other file of an artifact."""
     tops = [path for path in folder.iterdir() if path.name != _DESCRIPTION and not path.name.startswith(_EXPORTED)]
-    paths = [path for top in tops for path in (top, *top.rglob("*")) if path.is_file()]
+    paths = [path for top in tops for path in (top, *top.rglob("*")) if path.is_file() and not is_dropping(path)]
     files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in paths}
     text = json.dumps({"description": description, "files": files}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -31,7 +31,7 @@ from pathlib import Path
 from qad import runtimes
 from qad.energy import Meter
 from qad.errors import UserError
-from qad.files import sha256_of_file
+from qad.files import is_dropping, sha256_of_file
 from qad.runtimes import Sampling, Session
 
 # As answers are sampled in practice; greedy trajectories would all be the same.
@@ -97,7 +97,7 @@ def digest(path: Path) -> tuple[str, int]:
         return sha256_of_file(path), path.stat().st_size
     whole, size = hashlib.sha256(), 0
     for file in sorted(path.rglob("*")):
-        if file.is_file():
+        if file.is_file() and not is_dropping(file):
             whole.update(f"{file.relative_to(path).as_posix()}\0{sha256_of_file(file)}\n".encode())
             size += file.stat().st_size
     return whole.hexdigest(), size

@@ -20,7 +20,7 @@ from qad import __version__, export, interrupts
 from qad.artifact import Artifact, open_artifact
 from qad.errors import UserError
 from qad.export import Exporter, OnProgress, Rounding
-from qad.files import replacing_file, sha256_of_file
+from qad.files import is_dropping, replacing_file, sha256_of_file
 
 if TYPE_CHECKING:
     from qad.requantize import Cost
@@ -87,7 +87,9 @@ def _check_ending(exporter: Exporter, name: str, output: Path) -> None:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and not is_dropping(file))
 
 
 def _entry(job: Job, rounded: Mapping[str, Rounding], beside: Path) -> dict[str, Any]:

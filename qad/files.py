@@ -14,6 +14,7 @@ from pathlib import Path
 from qad.errors import UserError
 
 _NEARLY_FULL = 1 << 20  # bytes
+_DROPPINGS = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"}
 _FLUSH = 1 << 23  # bytes of which it is worth telling the system
 
 
@@ -214,6 +215,15 @@ def recover_folder(target: Path) -> None:
             previous.rename(target)
     for leftover in list(target.parent.glob(f".{glob.escape(target.name)}.*.tmp")):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def is_dropping(path: Path) -> bool:
+    """Return whether a file is what a file manager leaves in folders that it shows, and nobody's work.
+
+    Finder's ``.DS_Store`` and, on file systems of others, its ``._`` files, which hold what these do not (Apple's
+    AppleDouble); Explorer's ``Thumbs.db`` and ``desktop.ini``; Dolphin's ``.directory``.
+    """
+    return path.name.lower() in _DROPPINGS or (path.name.startswith("._") and path.is_file())
 
 
 def begin_flush(file: BufferedWriter, start: int) -> int:

@@ -20,6 +20,7 @@ from qad.data.sources import read_data, read_source, shuffled, split_held_out
 from qad.data.tokenize import end_rows, pack, tokenize_rows
 from qad.data.worked import worked_rows
 from qad.errors import UserError
+from qad.files import is_dropping
 from qad.model import LoadedModel, check_same_tokenizer, load_model
 from qad.outcome import RESULT_FILE
 from qad.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -72,7 +73,7 @@ def prepare_folder(recipe: Recipe, run: Path, resume: bool) -> bool:
                 "started with, or name another folder with -o"
             )
         return (run / RESULT_FILE).exists()
-    if run.is_dir() and any(run.iterdir()):
+    if run.is_dir() and not all(map(is_dropping, run.iterdir())):
         raise UserError(f"{run} is not empty and holds no run; name another folder with -o")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def starting(recipe: Recipe, run: Path, resume: bool) -> Iterator[bool]:
     try:
         yield finished
     except Exception:
-        if fresh and [path.name for path in run.iterdir()] == [RECIPE_FILE]:
+        if fresh and [path.name for path in run.iterdir() if not is_dropping(path)] == [RECIPE_FILE]:
             # Else the corrected command would find another run in its folder.
             (run / RECIPE_FILE).unlink()
             with contextlib.suppress(OSError):

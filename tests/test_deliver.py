@@ -16,8 +16,10 @@ import torch
 
 from qad import export
 from qad.artifact import open_artifact
+from qad.bench_run import digest
 from qad.deliver import MANIFEST, export_command
 from qad.errors import UserError
+from qad.files import is_dropping
 from qad.requantize import requantized
 from qad.tensor import dequantize, mse_scales, quantize
 from qad.verify import verify
@@ -104,6 +106,34 @@ def test_somebody_s_own_file_in_an_earlier_export_is_kept(tmp_path: Path, format
         export_command(tmp_path / "run", f"gguf,{format}", out, requantize=False)
     assert notes.read_text() == "mine"
     assert not (out / "student.gguf").exists()
+
+
+@pytest.mark.parametrize("format", ["gptq", "onnx"])
+def test_what_file_managers_leave_stops_no_export_and_changes_no_run(tmp_path: Path, format: str) -> None:  # noqa: A002
+    if format == "onnx":
+        pytest.importorskip("onnxruntime_genai", reason="ONNX Runtime GenAI is not installed")
+    run, out = tmp_path / "run", tmp_path / "out"
+    artifact = make_artifact(run, "llama-tied", **SMALL)
+    before = digest(run)
+    out.mkdir()
+    for folder in (run / "artifact", out):
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._model.safetensors", ".directory"):
+            (folder / name).write_bytes(b"\0\0\0\1Bud1")
+    # Of a place that was only looked at, and of an earlier export.
+    export_command(run, format, out, requantize=False)
+    names = sorted(path.name for path in out.iterdir())
+    assert "config.json" in names
+    assert not any(is_dropping(path) for path in out.iterdir())
+    (out / ".DS_Store").touch()
+    export_command(run, format, out, requantize=False)
+    assert sorted(path.name for path in out.iterdir()) == names
+    # The run is the run that it was.
+    assert artifact.is_whole()
+    assert digest(run) == before
+    # A folder of that name is somebody's work.
+    (out / "._mine").mkdir()
+    with pytest.raises(UserError, match=r"\._mine in it did not come from qad"):
+        export_command(run, format, out, requantize=False)
 
 
 @pytest.mark.parametrize(

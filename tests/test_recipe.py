@@ -10,6 +10,7 @@ import pytest
 from qad import recipes
 from qad.errors import UserError
 from qad.grid import grid_for_bits
+from qad.prepare import prepare_folder
 from qad.recipe import RECIPE_FILE, Recipe, load_recipe
 
 
@@ -45,6 +46,15 @@ def test_every_field_survives_its_json(tmp_path: Path) -> None:
     older = {key: value for key, value in recipe.to_dict().items() if key not in ("grid", "rules", "formats")}
     (tmp_path / RECIPE_FILE).write_text(json.dumps(older))
     assert load_recipe(tmp_path) == dataclasses.replace(recipe, grid="", rules=(), formats=("gguf",))
+
+
+def test_a_run_begins_in_a_folder_that_a_file_manager_has_shown(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").touch()
+    assert not prepare_folder(Recipe(), tmp_path, resume=False)
+    (tmp_path / RECIPE_FILE).unlink()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        prepare_folder(Recipe(), tmp_path, resume=False)
 
 
 def test_labels_of_plans() -> None:
