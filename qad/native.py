@@ -133,7 +133,8 @@ def instruction_set() -> str:
 def force_instruction_set(name: str) -> None:
     """Use an instruction set until ``release_instruction_set``; the first call compiles all. For tests and benchmarks.
 
-    All give the same bits, but for the divergence, which is accurate to 1e-6 on each.
+    All give the same bits, but for the divergence, which is accurate to 1e-6 on each. Calls that were prepared before
+    (``prepare_fake_quantize``) go on as they were.
 
     Raises:
         ValueError: This machine cannot run it.
@@ -203,7 +204,9 @@ def _address(tensor: Tensor | None, count: int | None = None, dtype: torch.dtype
     assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
     assert count is None or tensor.numel() == count, (tensor.shape, count)
     assert dtype is None or tensor.dtype is dtype, (tensor.dtype, dtype)
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    assert address or not tensor.numel(), "a tensor whose storage was freed"
+    return address
 
 
 def supports(*tensors: Tensor | None) -> bool:

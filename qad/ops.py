@@ -8,6 +8,7 @@ operators that PyTorch knows (schemas, shapes without data, gradients), so that 
 Shapes: N output features, K input features, G blocks along K, C tokens, V vocabulary.
 """
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -101,11 +102,18 @@ def fake_quantize(
     return out
 
 
+def _fill(tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None], grid: Grid, noise: Noise) -> None:
+    master_NK, scales_NG, out, used_scales_NG = tensors
+    with torch.no_grad():
+        fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG)
+
+
 class FakeQuantizer:
     """``fake_quantize`` of the same tensors, step after step, as a trainer needs it.
 
     For a small weight, checking the tensors takes as long as the work. Here that is done once, and again whenever one
-    of them has got other memory (has moved to a device, say). Their shapes and dtypes must stay what they are.
+    of them has got other memory (has moved to a device, say). In the memory that it has, a tensor must keep its shape,
+    strides and dtype. A copy, pickled or deep, fills the copies of the tensors.
 
     Args:
         master_NK, scales_NG, grid, out, used_scales_NG: See ``fake_quantize``.
@@ -124,6 +132,14 @@ class FakeQuantizer:
         self._with_gradient = (master_NK, scales_NG)
         self._prepare()
 
+    def __getstate__(self) -> tuple[tuple[Tensor | None, ...], Grid]:
+        # The rest are addresses, of this process and of these tensors.
+        return self._tensors, self._grid
+
+    def __setstate__(self, state: tuple[tuple[Tensor, Tensor | None, Tensor, Tensor | None], Grid]) -> None:
+        (master_NK, scales_NG, out, used_scales_NG), grid = state
+        self.__init__(master_NK, scales_NG, grid, out, used_scales_NG)
+
     def _prepare(self) -> None:
         master_NK, scales_NG, out, used_scales_NG = self._tensors
         there = [tensor for tensor in self._tensors if tensor is not None]
@@ -133,12 +149,8 @@ class FakeQuantizer:
         if _kernels(self._grid, *self._tensors) is native:
             self._run = native.prepare_fake_quantize(master_NK, scales_NG, self._grid, out, used_scales_NG)
         else:
-            self._run = self._run_unprepared
-
-    def _run_unprepared(self, noise: Noise) -> None:
-        master_NK, scales_NG, out, used_scales_NG = self._tensors
-        with torch.no_grad():
-            fake_quantize(master_NK, scales_NG, self._grid, noise, out, used_scales_NG)
+            # Not a method: an object that refers to itself keeps its tensors until the garbage is collected.
+            self._run = partial(_fill, self._tensors, self._grid)
 
     def __call__(self, noise: Noise = HARD) -> None:
         """Fill ``out``, and ``used_scales_NG`` if there is one.

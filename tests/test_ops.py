@@ -1,5 +1,12 @@
 """The operators that PyTorch sees: schemas, shapes without data, gradients, compilation; the dispatch to kernels."""
 
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -206,6 +213,54 @@ def test_step_after_step_without_a_gradient() -> None:
     with pytest.raises(UserError, match=r"has no gradient: call torch\.ops\.qad\.fake_quantize"):
         fill()
     with torch.no_grad():
+        fill()
+
+
+def pickled(fill: ops.FakeQuantizer, tensors: list[Tensor]) -> tuple[ops.FakeQuantizer, list[Tensor]]:
+    written = io.BytesIO()
+    torch.save((fill, tensors), written)
+    written.seek(0)
+    return torch.load(written, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [lambda *both: copy.deepcopy(both), pickled], ids=["deep", "pickled"])
+@pytest.mark.parametrize("taken", [True, False], ids=["kernel", "reference"])
+def test_a_copy_fills_the_copies_of_the_tensors(copied: Callable[..., Any], taken: bool) -> None:
+    weight, _ = case("q4_0")
+    weight = weight if taken else torch.cat([weight, weight], dim=1)[:, : weight.shape[1]]
+    assert native.supports(weight) == taken
+    tensors = [weight, torch.zeros(weight.shape)]
+    fill = ops.FakeQuantizer(weight, None, get_grid("q4_0"), tensors[1])
+    fill()
+    other, (other_weight, other_out) = copied(fill, tensors)
+    other_weight.mul_(-3.0)
+    before = tensors[1].clone()
+    other()
+    assert torch.equal(bits(other_out), bits(reference.fake_quantize(other_weight, None, get_grid("q4_0"))))
+    assert torch.equal(bits(tensors[1]), bits(before)), "the first one's is left alone"
+    assert not torch.equal(before, other_out)
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["kernel", "reference"])
+def test_nothing_outlives_the_last_who_refers_to_it(taken: bool) -> None:
+    weight = case("q4_0")[0].to(torch.float32 if taken else torch.float64)
+    fill = ops.FakeQuantizer(weight, None, get_grid("q4_0"), torch.zeros(weight.shape))
+    fill()
+    gone = weakref.ref(weight)
+    gc.disable()  # which would find a circle, but late, and a device's memory is short
+    try:
+        del fill, weight
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_tensors_whose_storage_was_freed_are_refused() -> None:
+    weight, _ = case("q4_0")
+    fill = ops.FakeQuantizer(weight, None, get_grid("q4_0"), torch.zeros_like(weight))
+    fill()
+    weight.untyped_storage().resize_(0)  # as sharded training does between uses
+    with pytest.raises(AssertionError, match="whose storage was freed"):
         fill()
 
 
