@@ -1,14 +1,17 @@
 """``qad export``: one run in one format or several, each whole or not at all, with a manifest beside several.
 
+One command writes several formats to a folder at a time, so that the manifest tells of what that command wrote.
+
 Everything that can be known beforehand is checked before the first byte is written: that each format carries the grids
 and the architecture, and that the names fit the formats. ``manifest.json`` is written last, so that one that is there
 describes what is there: an earlier one is deleted first.
 """
 
+import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,7 @@ from qad.artifact import Artifact, open_artifact
 from qad.errors import UserError
 from qad.export import Exporter, OnProgress, Rounding
 from qad.files import is_dropping, replacing_file, sha256_of_file
+from qad.locks import locked
 
 if TYPE_CHECKING:
     from qad.requantize import Cost
@@ -196,6 +200,28 @@ def _forget(manifest: Path) -> None:
     manifest.unlink()
 
 
+@contextlib.contextmanager
+def _alone(folder: Path, several: bool) -> Iterator[None]:
+    """Let no other command write several formats to a folder while the block runs, nor, if this one does, a single one.
+
+    Raises:
+        UserError: Another one does.
+    """
+    with contextlib.suppress(OSError):  # who writes there says what is wrong with it
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as lock:
+        if folder.is_dir():
+            try:
+                lock.enter_context(locked(folder, shared=not several))
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another export writes to {folder}: wait until it has ended, or name another folder with -o"
+                ) from error
+            except OSError:  # one that may not be read
+                pass
+        yield
+
+
 def _interrupted(formats: list[str], finished: Mapping[str, Path]) -> str:
     """Return the one line that says what an interrupt left."""
     whole = [f"{name} is written and whole ({path})" for name, path in finished.items()]
@@ -255,8 +281,9 @@ def _export(
     several = len(names) > 1
     if several and output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: for several formats name a folder with -o")
-    with tempfile.TemporaryDirectory(prefix="qad-requantized-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="qad-requantized-") as scratch, contextlib.ExitStack() as alone:
         jobs = _jobs(artifact, run, names, output, Path(scratch), requantize)
+        alone.enter_context(_alone((output or run) if several else jobs[0].target.absolute().parent, several))
         manifest = (output or run) / MANIFEST if several else None
         if manifest is not None:
             _forget(manifest)
@@ -276,15 +303,15 @@ def _export(
                 _tell(progress.console, job, rounded)
                 if manifest is not None:
                     entries.append(_entry(job, rounded, manifest.parent))
-    if manifest is None:
-        return
-    content = {
-        "format_version": 1,
-        "qad_version": __version__,
-        "run_hash": artifact.run_hash,
-        "grids": artifact.grids,
-        "exports": entries,
-    }
-    with replacing_file(manifest) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if manifest is None:
+            return
+        content = {
+            "format_version": 1,
+            "qad_version": __version__,
+            "run_hash": artifact.run_hash,
+            "grids": artifact.grids,
+            "exports": entries,
+        }
+        with replacing_file(manifest) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     console.print(f"{manifest}: sizes and SHA-256 of all files", markup=False, highlight=False, soft_wrap=True)

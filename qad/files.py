@@ -5,16 +5,21 @@ import errno
 import glob
 import hashlib
 import os
+import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from io import BufferedWriter
 from pathlib import Path
 
 from qad.errors import UserError
+from qad.locks import locked
 
 _NEARLY_FULL = 1 << 20  # bytes
 _DROPPINGS = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"}
+# How long another writer of the same target is waited for: records are written in a moment, models are not.
+_PATIENCE = 2.0  # seconds
 _FLUSH = 1 << 23  # bytes of which it is worth telling the system
 
 
@@ -121,13 +126,14 @@ def check_output(target: Path, option: str) -> None:
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; on success flush it to disk and rename it over ``target``.
 
-    Temporary files that a killed writer of the same target left are deleted: there may be one writer at a time.
+    Temporary files that a killed writer of the same target left are deleted.
 
     Raises:
-        UserError: The disk is full, the place is not writable, or ``target`` is a folder, a device or a pipe. What
-            stood there is untouched.
+        UserError: The disk is full, the place is not writable, ``target`` is a folder, a device or a pipe, or another
+            process writes it. What stood there is untouched.
     """
     temporary: Path | None = None
+    lock = contextlib.ExitStack()
     try:
         if target.is_dir():
             raise UserError(f"{target} is a folder: name a file with -o")
@@ -135,15 +141,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
             # A rename would put a file in the place of /dev/null, for every process of the machine.
             raise UserError(f"{target} is a device or a pipe: name a file with -o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Eight characters are what mkstemp draws: the temporary files of "a.b" are not those of "a".
-        for leftover in list(target.parent.glob(f".{glob.escape(target.name)}.????????.tmp")):
-            leftover.unlink(missing_ok=True)
-        try:
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        except FileNotFoundError as error:
-            raise _takes_nothing(target.parent) from error
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _alone(target, _temporary_file, lock)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -157,6 +155,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        lock.close()
 
 
 @contextlib.contextmanager
@@ -168,21 +167,19 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     ``.<name>.previous``, from where ``recover_folder`` brings it back.
 
     Raises:
-        UserError: The disk is full, the place is not writable, or ``target`` is a file. The previous folder is
-            untouched.
+        UserError: The disk is full, the place is not writable, ``target`` is a file, or another process writes it. The
+            previous folder is untouched.
     """
     target = _followed(target)
     temporary: Path | None = None
+    lock = contextlib.ExitStack()
     previous = target.parent / f".{target.name}.previous"
     try:
         if target.is_file():
             raise UserError(f"{target} is a file: name a folder with -o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        recover_folder(target)
-        try:
-            temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-        except FileNotFoundError as error:
-            raise _takes_nothing(target.parent) from error
+        temporary = _alone(target, _temporary_folder, lock)
+        _recover(target)
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
@@ -202,19 +199,93 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        lock.close()
 
 
 def recover_folder(target: Path) -> None:
-    """Finish what a crash within ``replacing_folder`` left half done, and delete its temporary folders."""
+    """Finish what a crash within ``replacing_folder`` left half done, and delete its temporary folders.
+
+    Where another process writes the folder just now, nothing is done: it is about to finish that itself.
+    """
     target = _followed(target)
+    if not _others_write(target):
+        _recover(target)
+
+
+def _recover(target: Path) -> None:
+    """Bring back a previous folder that has no successor, and delete one that has."""
     previous = target.parent / f".{target.name}.previous"
     if previous.exists():
         if target.exists():
             shutil.rmtree(previous, ignore_errors=True)
         else:
             previous.rename(target)
-    for leftover in list(target.parent.glob(f".{glob.escape(target.name)}.*.tmp")):
-        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _temporary_file(target: Path) -> Path:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    return Path(name)
+
+
+def _temporary_folder(target: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+
+
+def _alone(target: Path, make: Callable[[Path], Path], lock: contextlib.ExitStack) -> Path:
+    """Return a temporary file or folder for a target that nobody else writes.
+
+    A writer is known by the lock on its temporary: what has none was left by a killed one and is deleted.
+
+    Args:
+        target: What will be written.
+        make: Makes the temporary.
+        lock: Gets the lock on it.
+
+    Raises:
+        UserError: Another process writes the target.
+    """
+    until = time.monotonic() + _PATIENCE
+    while True:
+        if not _others_write(target):
+            try:
+                temporary = make(target)
+            except FileNotFoundError as error:
+                raise _takes_nothing(target.parent) from error
+            # Somebody else may take it for a leftover until it is locked, and both may have begun at once.
+            with contextlib.suppress(FileNotFoundError):
+                lock.enter_context(locked(temporary, wait=True))
+            if temporary.exists() and not _others_write(target, besides=temporary):
+                return temporary
+            _delete(temporary)
+            lock.close()
+        if time.monotonic() > until:
+            raise UserError(
+                f"{target} is being written by another process: wait until it has ended, or name another place with -o"
+            )
+        time.sleep(random.uniform(0.02, 0.1))
+
+
+def _others_write(target: Path, besides: Path | None = None) -> bool:
+    """Return whether a process writes a target, and delete what killed ones left."""
+    # Eight characters are what mkstemp draws: the temporary files of "a.b" are not those of "a".
+    for temporary in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
+        if temporary != besides:
+            try:
+                with locked(temporary):
+                    _delete(temporary)
+            except BlockingIOError:
+                return True
+            except OSError:  # gone by now, or somebody else's
+                continue
+    return False
+
+
+def _delete(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
 
 
 def is_dropping(path: Path) -> bool:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from qad import export
+from qad import export, files
 from qad.artifact import open_artifact
 from qad.bench_run import digest
 from qad.deliver import MANIFEST, export_command
 from qad.errors import UserError
-from qad.files import is_dropping
+from qad.files import is_dropping, replacing_file
+from qad.locks import locked
 from qad.requantize import requantized
 from qad.tensor import dequantize, mse_scales, quantize
 from qad.verify import verify
@@ -106,6 +107,34 @@ def test_somebody_s_own_file_in_an_earlier_export_is_kept(tmp_path: Path, format
         export_command(tmp_path / "run", f"gguf,{format}", out, requantize=False)
     assert notes.read_text() == "mine"
     assert not (out / "student.gguf").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_exports_to_one_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    run, out = tmp_path / "run", tmp_path / "out"
+    export_command(run, "gguf,gptq", out, requantize=False)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    told = r"another export writes to .*out: wait until it has ended, or name another folder"
+    # Beside several formats nothing is written; beside a single one another may be, but no several.
+    with locked(out):
+        for formats, target in (("gguf,gptq", out), ("gguf", out / "student.gguf"), ("gptq", out / "student-gptq")):
+            with pytest.raises(UserError, match=told):
+                export_command(run, formats, target, requantize=False)
+    with locked(out, shared=True), pytest.raises(UserError, match=told):
+        export_command(run, "gguf,gptq", out, requantize=False)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with locked(out, shared=True):
+        export_command(run, "gguf", out / "other.gguf", requantize=False)
+    # The same file: whoever began keeps it.
+    monkeypatch.setattr(files, "_PATIENCE", 0.1)
+    with (
+        replacing_file(out / "other.gguf") as first,
+        pytest.raises(UserError, match=r"other.gguf is being written by another process: wait until it has ended"),
+    ):
+        export_command(run, "gguf", out / "other.gguf", requantize=False)
+    assert not first.exists()
+    export_command(run, "gguf,gptq", out, requantize=False)
 
 
 @pytest.mark.parametrize("format", ["gptq", "onnx"])

@@ -2,9 +2,11 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qad import files
 from qad.errors import UserError
 from qad.files import begin_flush, check_output, recover_folder, replacing_file, replacing_folder, sha256_of_file
 
@@ -198,33 +201,129 @@ def test_a_crash_behind_a_link_is_undone(tmp_path: Path) -> None:
     assert names(tmp_path / "disk") == ["real"]
 
 
-@pytest.mark.parametrize("replacing", [replacing_file, replacing_folder])
-def test_two_writers_at_once(tmp_path: Path, replacing: Callable[[Path], AbstractContextManager[Path]]) -> None:
-    target = tmp_path / "model"
+REPLACING = pytest.mark.parametrize("replacing", [replacing_file, replacing_folder])
+Replacing = Callable[[Path], AbstractContextManager[Path]]
 
-    def write(place: Path, text: str) -> None:
-        (place / "part" if replacing is replacing_folder else place).write_text(text)
+
+def write(place: Path, text: str) -> None:
+    (place / "part" if place.is_dir() else place).write_text(text)
+
+
+def read(place: Path) -> str:
+    return (place / "part" if place.is_dir() else place).read_text()
+
+
+@REPLACING
+def test_a_second_writer_is_refused_while_the_first_writes(
+    tmp_path: Path, replacing: Replacing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0.1)
+    target = tmp_path / "model"
+    with replacing(target) as temporary:
+        write(temporary, "one")
+        with (
+            pytest.raises(UserError, match="model is being written by another process: wait until it has ended, or"),
+            replacing(target) as another,
+        ):
+            write(another, "two")
+        # Others may be written beside it, also one that begins with its name.
+        with replacing(tmp_path / "model.2") as other:
+            write(other, "2")
+        recover_folder(target)
+        assert temporary.exists()
+    assert read(target) == "one"
+    assert names(tmp_path) == ["model", "model.2"]
+    with replacing(target) as temporary:
+        write(temporary, "two")
+    assert read(target) == "two"
+
+
+@REPLACING
+def test_a_second_writer_waits_for_one_that_takes_a_moment(tmp_path: Path, replacing: Replacing) -> None:
+    target = tmp_path / "record"
+    began, done = threading.Event(), []
 
     def first() -> None:
         with replacing(target) as temporary:
             write(temporary, "one")
-            with replacing(target) as another:
-                write(another, "two")
-            write(temporary, "one, and more")
-            if replacing is replacing_file:
-                temporary.unlink()  # as if the other had come now: this one's write has made it anew
+            began.set()
+            time.sleep(0.2)
+            done.append("one")
 
-    with pytest.raises(UserError, match="model is being written by another process too.*name another place"):
-        first()
-    assert (target / "part" if replacing is replacing_folder else target).read_text() == "two"
+    thread = threading.Thread(target=first)
+    thread.start()
+    began.wait(10)
+    with replacing(target) as temporary:
+        assert done == ["one"]
+        write(temporary, "two")
+    thread.join()
+    assert read(target) == "two"
+    assert names(tmp_path) == ["record"]
+
+
+@REPLACING
+def test_writers_that_begin_at_once_do_not_disturb_each_other(tmp_path: Path, replacing: Replacing) -> None:
+    target = tmp_path / "record"
+    told: list[str] = []
+
+    def one(text: str) -> None:
+        try:
+            for _ in range(8):
+                with replacing(target) as temporary:
+                    write(temporary, text)
+                    assert read(temporary) == text
+        except BaseException as error:
+            told.append(repr(error))
+
+    threads = [threading.Thread(target=one, args=(text * 100,)) for text in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == []
+    assert read(target) in [text * 100 for text in "abc"]
+    assert names(tmp_path) == ["record"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+@REPLACING
+def test_what_a_killed_writer_left_stops_nobody(tmp_path: Path, replacing: Replacing) -> None:
+    target = tmp_path / "model"
+    program = f"""
+import time
+from pathlib import Path
+from qad.files import {replacing.__name__} as replacing
+with replacing(Path({str(target)!r})) as temporary:
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        assert len(names(tmp_path)) == 1
+        process.kill()
+    assert len(names(tmp_path)) == 1
+    with replacing(target) as temporary:
+        write(temporary, "mine")
     assert names(tmp_path) == ["model"]
+
+
+@REPLACING
+def test_a_temporary_that_somebody_deletes_is_told(tmp_path: Path, replacing: Replacing) -> None:
+    # As where a file system has no locks, and another writer takes it for what a killed one left.
+    with (
+        pytest.raises(UserError, match="model is being written by another process too.*name another place"),
+        replacing(tmp_path / "model") as temporary,
+    ):
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+    assert names(tmp_path) == []
 
 
 def test_a_crash_between_the_two_renames_is_undone(tmp_path: Path) -> None:
     target, previous = tmp_path / "artifact", tmp_path / ".artifact.previous"
     previous.mkdir()
     (previous / "a").write_text("1")
-    (tmp_path / ".artifact.x1y2.tmp").mkdir()
+    (tmp_path / ".artifact.x1y2z3w4.tmp").mkdir()
     recover_folder(target)
     assert names(tmp_path) == ["artifact"]
     assert (target / "a").read_text() == "1"

@@ -19,6 +19,7 @@ FLOORS = {
     "qad.registry": 0,
     "qad.closing": 0,
     "qad.files": 0,
+    "qad.locks": 0,
     "qad.interrupts": 0,
     "qad.grid": 0,
     "qad.budget": 0,
