@@ -258,7 +258,10 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> b
     saved = read_tokenizer(folder)
     tokenizer = saved.tokenizer
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer in {folder} has no tokenizer.json; save it with a current transformers")
+        raise UserError(
+            f"the tokenizer in {folder} ({type(tokenizer).__name__}) is a program of transformers and has no "
+            "tokenizer.json, from which llama.cpp's would be made: use --format gptq or onnx, which keep its files"
+        )
     backend = tokenizer.backend_tokenizer
     texts, types = _tokens(saved, config["vocab_size"])
     strips = _strips(tokenizer, texts, types)
