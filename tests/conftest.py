@@ -21,6 +21,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
+    from qad.runtimes.llamacpp import LlamaSession
     from tests.helpers_report import Made
 
 # Derandomized: a failure seen once is seen by everybody. No deadline: shared machines stall.
@@ -108,3 +109,39 @@ def report_records(tmp_path_factory: pytest.TempPathFactory) -> "Made":
     from tests.helpers_report import make_records
 
     return make_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="session")
+def random_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run with ``model.gguf`` in it: of random weights, quick, and never at a loss for words."""
+    from tests.helpers_think import make_random_run
+
+    return make_random_run(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture(scope="module")
+def random_llama(random_run: Path) -> "Iterator[LlamaSession]":
+    """Open that file in llama.cpp."""
+    from qad.runtimes import llamacpp
+    from tests.helpers_runtimes import skip_without
+
+    skip_without("llamacpp")
+    with llamacpp.open(random_run / "model.gguf", threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def smollm() -> "Iterator[LlamaSession]":
+    """Open SmolLM2 in llama.cpp, where it is at hand."""
+    from qad.errors import UserError
+    from qad.model import resolve_source
+    from qad.runtimes import llamacpp
+    from tests.helpers_runtimes import skip_without
+
+    skip_without("llamacpp")
+    try:
+        path = Path(resolve_source("smollm2"))
+    except UserError as error:
+        pytest.skip(str(error))
+    with llamacpp.open(path, threads=1) as opened:
+        yield opened

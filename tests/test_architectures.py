@@ -27,6 +27,7 @@ from qad.recipe import Recipe
 from qad.verify import verify
 from tests.helpers_models import MODELS, make_artifact, make_tokenizer, verify_text
 from tests.helpers_runs import save_model, save_text, tiny
+from tests.helpers_runtimes import skip_without
 
 # What runtimes make of exact weights: 8-bit activations, fp16.
 LARGEST_KL = {"gptq": 1e-3}
@@ -139,8 +140,7 @@ def test_a_wrong_statement_shows(
     case: str, config: Any, entry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The models are sensitive enough for the test above to see what a file says wrongly."""
-    if reason := runtimes.get("llamacpp").available():
-        pytest.skip(reason)
+    skip_without("llamacpp")
     artifact = make_artifact(tmp_path, case)
     model_type = artifact.config["model_type"]
     with monkeypatch.context() as patch:

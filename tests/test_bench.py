@@ -15,11 +15,10 @@ from qad.bench_run import FIGURES, Measured, Task, measure
 from qad.energy import Meter
 from qad.errors import UserError
 from qad.files import sha256_of_file
-from qad.runtimes import llamacpp
 from tests.helpers_models import make_artifact
+from tests.helpers_runtimes import needs
 
-_REASON = llamacpp.available()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = needs("llamacpp")
 PROMPT, NEW, KS = 24, 6, (1, 3)
 
 

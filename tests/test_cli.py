@@ -5,10 +5,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from qad import cli, recipes
 from qad.artifact import open_artifact
 from qad.recipe import Recipe, load_recipe
+from tests.helpers_commands import interrupted
 from tests.helpers_models import make_artifact, make_tokenizer
 from tests.helpers_rows import write_rows
 from tests.helpers_runs import save_model, save_text, tiny
@@ -597,20 +596,11 @@ def test_training_under_a_budget_resumes_with_its_plan(qad: Call, tmp_path: Path
 
 def test_an_interrupt_says_how_to_continue(tmp_path: Path, model: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "qad.cli", "train", *options(model, steps=5000), "-o", str(run)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )
-    limit = time.monotonic() + 300
     log = run / "run.jsonl"
-    while time.monotonic() < limit and process.poll() is None and not (log.exists() and '"loss"' in log.read_text()):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"interrupted; continue with: qad train --resume -o {run}" in out
-    assert err == ""  # neither a traceback nor a library's bars and warnings
+    done = interrupted(
+        *("train", *options(model, steps=5000), "-o", run),
+        when=lambda: log.exists() and '"loss"' in log.read_text(),
+    )
+    assert done.returncode == 130
+    assert f"interrupted; continue with: qad train --resume -o {run}" in done.stdout
+    assert done.stderr == ""  # neither a traceback nor a library's bars and warnings

@@ -3,11 +3,7 @@
 import hashlib
 import importlib.util
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from qad.requantize import requantized
 from qad.tensor import dequantize, mse_scales, quantize
 from qad.verify import verify
 from qad.verify_command import verify_command
+from tests.helpers_commands import interrupted
 from tests.helpers_models import make_artifact
 from tests.helpers_runs import SIZES as SMALL
 from tests.helpers_runs import save_model
@@ -344,22 +341,12 @@ def test_an_interrupt_says_what_was_finished(
     make_artifact(tmp_path / "run", "llama-tied", **SMALL)
     out = tmp_path / "out"
     output = out / "student.gguf" if formats == "gguf" else out
-    command = [sys.executable, "-m", "qad.cli", "export", tmp_path / "run", "--format", formats, "-o", output]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    done = interrupted(
+        *("export", tmp_path / "run", "--format", formats, "-o", output), when=lambda: bool(list(out.glob(sign)))
     )
-    limit = time.monotonic() + 300
-    while time.monotonic() < limit and process.poll() is None and not list(out.glob(sign)):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    told, errors = process.communicate(timeout=100)
-    assert process.returncode == 130, errors
-    assert told.splitlines()[-1] == said.format(out=out)
-    assert errors == ""
+    assert done.returncode == 130, done.stderr
+    assert done.stdout.splitlines()[-1] == said.format(out=out)
+    assert done.stderr == ""
     assert [path.name for path in out.iterdir()] == left
     if left:
         assert verify(tmp_path / "run", out / left[0]).ok

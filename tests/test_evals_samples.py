@@ -24,9 +24,11 @@ from qad.evals.samples import Rows, Sample, SampleFile, fingerprint
 from qad.evals.setting import Mismatch, Setting, setting_beside
 from qad.evals.task import JUDGING, Item, Task
 from qad.evals.tasks import load as load_task
-from qad.runtimes import Sampling, llamacpp, remote
+from qad.runtimes import Sampling, remote
+from tests.helpers_commands import interrupted
 from tests.helpers_models import make_artifact
 from tests.helpers_rows import write_rows
+from tests.helpers_runtimes import needs
 from tests.helpers_server import Fault, Script, serving
 
 SETTING = Setting("sums", 0, "tiny", "ab" * 32, 2, {"temperature": 0.6, "seed": 0}, 16, kind="math")
@@ -458,7 +460,7 @@ def test_a_deliberation_without_room_is_told_before_anybody_is_asked(run: Path, 
     assert ask(run, task, tmp_path / "samples.jsonl", replace(asking, deliberations=0))[0] == [True, True]
 
 
-@pytest.mark.skipif(llamacpp.available() is not None, reason=str(llamacpp.available()))
+@needs("llamacpp")
 def test_an_evaluation_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(run: Path, tmp_path: Path) -> None:
     # Prompts that begin alike: llama.cpp would compute what differs alone, in kernels that round otherwise.
     lines = [{"prompt": f"{'Think well. ' * 6}Say {index}.", "solution": "1", "task": "math"} for index in range(4)]
@@ -546,17 +548,14 @@ def test_sigkill_at_random_moments_repeats_and_loses_nothing(run: Path, tmp_path
 
 def test_ctrl_c_keeps_samples_and_tells_how_to_go_on(run: Path, tmp_path: Path) -> None:
     save_task(tmp_path / "say.jsonl", 60)
-    command = [
-        *(sys.executable, "-m", "qad.cli", "eval", str(run), "--task", str(tmp_path / "say.jsonl"), "--k", "2"),
-        *("--new-tokens", "48", "--threads", "1", "-o", str(tmp_path / "samples")),
-    ]
     path = tmp_path / "samples" / "tiny" / "say.jsonl"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") >= 4):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, out
+    done = interrupted(
+        *("eval", run, "--task", tmp_path / "say.jsonl", "--k", "2"),
+        *("--new-tokens", "48", "--threads", "1", "-o", tmp_path / "samples"),
+        when=lambda: path.is_file() and path.read_bytes().count(b"\n") >= 4,
+    )
+    out = done.stdout + done.stderr
+    assert done.returncode == 130, out
     assert f"kept in {tmp_path / 'samples'}: the same command goes on from there" in " ".join(out.split())
     with path.open("rb") as file:
         rows = Rows(file, path)

@@ -2,8 +2,6 @@
 
 import json
 import struct
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -27,13 +25,14 @@ from qad.runtimes import Runtime
 from qad.runtimes import gptq as gptq_runtime
 from qad.verify import verify
 from qad.verify_command import verify_command
+from tests.helpers_commands import qad
 from tests.helpers_models import MODELS, make_artifact, make_tokenizer, verify_text
+from tests.helpers_runtimes import needs
 
 # The assignments make the type checker hold the modules to their protocols.
 EXPORTER: Exporter = gptq_module
 RUNTIME: Runtime = gptq_runtime
-_REASON = RUNTIME.available()
-needs_gptqmodel = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+needs_gptqmodel = needs("gptq")
 
 # All widths divide by 128. Case of helpers_models, grid of its linear layers.
 WIDE: dict[str, Any] = {
@@ -411,11 +410,6 @@ def test_an_earlier_export_is_replaced_and_nothing_else(fresh: Exported, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------ the command line
-
-
-def qad(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qad.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 @needs_gptqmodel

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import qad.distill
 import qad.student
-from qad import export, runtimes
+from qad import export
 from qad.agreement import compare_runtime
 from qad.artifact import open_artifact, tensor_sha256
 from qad.distill import distill
@@ -30,9 +30,9 @@ from qad.verify import verify
 from tests.helpers_ggml import GGUF_TYPES, ggml_dequantize, ggml_quantize
 from tests.helpers_models import make_artifact, verify_text
 from tests.helpers_runs import save_model, save_text, tiny
+from tests.helpers_runtimes import needs
 
-_REASON = runtimes.get("llamacpp").available()
-needs_llama = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+needs_llama = needs("llamacpp")
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,

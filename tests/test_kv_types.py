@@ -8,9 +8,9 @@ import pytest
 from qad import export
 from qad.runtimes import Sampling, Step, llamacpp
 from tests.helpers_models import make_artifact
+from tests.helpers_runtimes import needs
 
-_REASON = llamacpp.available()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = needs("llamacpp")
 HOT = Sampling(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, seed=5)
 PROMPT = [9, 8, 7, 30, 31, 200, 201, 77, 5, 6]
 NEW = 16

@@ -12,9 +12,9 @@ from qad.errors import UserError
 from qad.model_facts import model_facts
 from qad.runtimes import Step, _memory, llamacpp, open_model
 from tests.helpers_models import make_artifact
+from tests.helpers_runtimes import needs
 
-_REASON = llamacpp.available()
-needs_llama = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+needs_llama = needs("llamacpp")
 PROMPT = [9, 8, 7, 30]
 
 

@@ -24,6 +24,7 @@ from qad.plan import KEEP
 from qad.runtimes import Runtime
 from qad.runtimes import ort as ort_module
 from qad.verify import verify
+from tests.helpers_commands import qad
 from tests.helpers_models import MODELS, make_artifact, make_tokenizer, verify_text
 from tests.helpers_onnx import DOWN, NORM, initializer, make_export, place, read_model, save_model
 
@@ -334,11 +335,6 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the command line
-
-
-def qad(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qad.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_export_and_run_by_command(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qad import export, runtimes
+from qad import export
 from tests.helpers_models import make_artifact, verify_text
+from tests.helpers_runtimes import needs
 
-_REASON = runtimes.get("llamacpp").available()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = needs("llamacpp")
 SCRIPT = Path(__file__).parent.parent / "bench" / "quality.py"
 
 

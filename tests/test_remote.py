@@ -30,10 +30,10 @@ from qad.runtimes import Lost, Sampling, Step, Trajectory, format_of, llamacpp, 
 from qad.runtimes._remote_address import address_of, key_of
 from qad.runtimes._remote_stream import first_seed
 from tests.helpers_models import make_artifact
+from tests.helpers_runtimes import needs, skip_without
 from tests.helpers_server import Fault, Script, answer, logprob_of, serving, text_of, tokens_of
 
-_REASON = remote.available()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = needs("remote")
 HOT = Sampling(temperature=0.9, top_p=0.9, seed=7)
 QUESTION = "what"
 
@@ -572,8 +572,7 @@ def wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if reason := llamacpp.available():
-        pytest.skip(reason)
+    skip_without("llamacpp")
     run = tmp_path_factory.mktemp("remote")
     export.get("gguf").write(make_artifact(run, "llama-tied", max_position_embeddings=512), run / "tiny.gguf")
     return run / "tiny.gguf"

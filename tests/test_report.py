@@ -27,11 +27,10 @@ from qad.report.marks import COLOURS, Look, key
 from qad.report.page import page
 from qad.report.reading import read
 from qad.report.ticks import linear_ticks, log_ticks
-from qad.runtimes import llamacpp
 from tests.helpers_report import KS, NEW, PROMPTS, Made
+from tests.helpers_runtimes import needs
 
-_REASON = llamacpp.available()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = needs("llamacpp")
 
 
 @pytest.fixture(name="made")

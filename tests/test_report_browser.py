@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from qad.report.command import report_command
-from qad.runtimes import llamacpp
 from tests.helpers_report import Made
+from tests.helpers_runtimes import needs
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -21,7 +21,7 @@ playwright = pytest.importorskip(
 )
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need chromium: apt-get install chromium"),
-    pytest.mark.skipif(llamacpp.available() is not None, reason=str(llamacpp.available())),
+    needs("llamacpp"),
 ]
 NARROW, WIDE = 400, 1280
 Scheme = Literal["light", "dark"]

@@ -16,6 +16,7 @@ from qad.errors import UserError
 from qad.model import load_tokenizer
 from qad.sentencepieces import SPACE, merge_by_score, read_pieces
 from tests.helpers_models import MODELS, TOKENIZERS, make_artifact, make_tokenizer, verify_text
+from tests.helpers_runtimes import skip_without
 
 FAMILIES = [name for name, family in TOKENIZERS.items() if family.prefix is not None]
 _PARTS = (
@@ -59,8 +60,7 @@ def texts_of(family: str) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llamacpp_cuts_hostile_text_alike(family: str, tmp_path: Path) -> None:
-    if reason := runtimes.get("llamacpp").available():
-        pytest.skip(reason)
+    skip_without("llamacpp")
     case = next(case for case, tiny in MODELS.items() if tiny.tokenizer == family)
     file = tmp_path / "model.gguf"
     export.get("gguf").write(make_artifact(tmp_path, case), file)

@@ -19,9 +19,9 @@ from qad.runtimes import GREEDY, Sampling, Session, Step, Trajectory, get, gptq,
 from qad.runtimes._llama_api import _log_lines
 from qad.runtimes._sampling import Chooser
 from tests.helpers_models import make_artifact, make_tokenizer
+from tests.helpers_runtimes import needs, skip_without
 
-_REASON = llamacpp.available()
-needs_llama = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+needs_llama = needs("llamacpp")
 HOT = Sampling(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, seed=5)
 PROMPT = [9, 8, 7, 30, 31, 200, 201, 77]
 CELL_VALUES = 8 * 2 * (64 + 64)
@@ -39,8 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def onnx_folder(model: tuple[Path, Path]) -> Path:
     """Return the ONNX folder of the same run."""
-    if (reason := ort.available()) is not None:
-        pytest.skip(reason)
+    skip_without("ort")
     pytest.importorskip("onnxruntime_genai")
     folder = model[0] / "student-onnx"
     export.get("onnx").write(open_artifact(model[0]), folder)
@@ -50,8 +49,7 @@ def onnx_folder(model: tuple[Path, Path]) -> Path:
 @pytest.fixture(scope="module")
 def gptq_folder(model: tuple[Path, Path]) -> Path:
     """Return the GPTQ folder of the same run."""
-    if (reason := gptq.available()) is not None:
-        pytest.skip(reason)
+    skip_without("gptq")
     folder = model[0] / "student-gptq"
     export.get("gptq").write(open_artifact(model[0]), folder)
     return folder
@@ -59,8 +57,8 @@ def gptq_folder(model: tuple[Path, Path]) -> Path:
 
 @pytest.fixture(params=["llamacpp", "ort", "reference"])
 def session(request: pytest.FixtureRequest, model: tuple[Path, Path]) -> Iterator[Session]:
-    if request.param == "llamacpp" and _REASON is not None:
-        pytest.skip(_REASON)
+    if request.param == "llamacpp":
+        skip_without("llamacpp")
     if request.param == "ort":
         path = request.getfixturevalue("onnx_folder")
     else:
@@ -71,8 +69,7 @@ def session(request: pytest.FixtureRequest, model: tuple[Path, Path]) -> Iterato
 
 @pytest.fixture
 def llama(model: tuple[Path, Path]) -> Iterator[llamacpp.LlamaSession]:
-    if _REASON is not None:
-        pytest.skip(_REASON)
+    skip_without("llamacpp")
     with llamacpp.open(model[1], threads=1) as opened:
         yield opened
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qad import export, runtimes
+from qad import export
 from qad.agreement import Agreement, Answer
 from qad.artifact import open_artifact
 from qad.errors import UserError
@@ -18,9 +18,9 @@ from qad.gguf_check import read_header
 from qad.verify import verify
 from qad.verify_command import verify_command
 from tests.helpers_models import MODELS, make_artifact
+from tests.helpers_runtimes import needs
 
-_REASON = runtimes.get("llamacpp").available()
-needs_llama = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+needs_llama = needs("llamacpp")
 
 
 @pytest.fixture
