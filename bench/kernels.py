@@ -263,7 +263,9 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     shapes = list(dict.fromkeys(row.shape for row in rows))
     operations = [name for name in dict.fromkeys(row.operation for row in rows) if name != "copy"]
-    figure, panels = plt.subplots(1, len(dtypes), figsize=(4 + 4 * len(dtypes), 7), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(dtypes), figsize=(4 + 4 * len(dtypes), 7), sharex=True, sharey=True, squeeze=False
+    )
     height = 0.8 / len(shapes)
     for panel, dtype in zip(panels[0], dtypes, strict=True):
         for index, shape in enumerate(shapes):
@@ -282,19 +284,35 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
+def positive(text: str) -> int:
+    """Read a number of the command line that must be 1 or more."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--grid", default="q4_0", choices=sorted(GRIDS), help="default: q4_0")
-    parser.add_argument("--isa", choices=native.INSTRUCTION_SETS, help="force an instruction set of the CPU kernels")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
-    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES), metavar="DTYPE")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default: 15)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
+    plain = sorted(name for name, grid in GRIDS.items() if grid.is_plain)  # what there are kernels for
+    parser.add_argument("--grid", default="q4_0", choices=plain, help="default: q4_0")
+    parser.add_argument("--isa", choices=native.instruction_sets(), help="force an instruction set of the CPU kernels")
+    shapes, dtypes = (", ".join(f"'{name}'" for name in names) for names in (SHAPES, DTYPES))
+    parser.add_argument(
+        "--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE", help=f"some of {shapes}"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES), metavar="DTYPE", help=f"some of {dtypes}"
+    )
+    parser.add_argument("--rounds", type=positive, default=15, help="turns of each contender (default: 15)")
     parser.add_argument("--no-rivals", action="store_true", help="measure ours and the copy alone")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--plot", type=Path, help="PNG to draw (needs matplotlib)")
     arguments = parser.parse_args()
+    for path in (arguments.json, arguments.plot):  # now and not after the minutes of measuring
+        if path and not path.parent.is_dir():
+            parser.error(f"{path} cannot be written: there is no folder {path.parent}")
 
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
@@ -306,7 +324,13 @@ def main() -> None:
         native.force_instruction_set(arguments.isa)
     grid = GRIDS[arguments.grid]
     others, missing = ({}, ["rivals: not asked for"]) if arguments.no_rivals else rivals(grid, device)
-    cases = [(shape, dtype) for shape in arguments.shapes for dtype in arguments.dtypes]
+    fitting = [shape for shape in arguments.shapes if SHAPES[shape][1] % grid.block == 0]
+    missing += [
+        f"{shape}: blocks of {grid.block} do not divide its rows" for shape in arguments.shapes if shape not in fitting
+    ]
+    cases = [(shape, dtype) for shape in fitting for dtype in arguments.dtypes]
+    if not cases:
+        parser.error("; ".join(missing))
     # First, because malloc cannot be talked back into its default: it keeps using what it has kept.
     faulting = {
         case: {} if device.type == "cuda" else measure_default_malloc(grid, *case, min(5, arguments.rounds), others)

@@ -232,6 +232,36 @@ def _noise_of(mode: str, hard_share: float, seed: int, tensor: int, step: int) -
     return Noise(mode, hard_share, seed & 0xFFFFFFFFFFFFFFFF, tensor, step)
 
 
+def _check_inputs(master: Tensor, scales: Tensor | None, grid: Grid, offsets: Tensor | None) -> None:
+    """Say what is wrong with what an operator was given: kernels count elements, and know no shapes.
+
+    Raises:
+        UserError: Something is.
+    """
+    if master.ndim != 2 or not master.is_floating_point():
+        raise UserError(
+            f"fake quantization is of floats in two dimensions, not of {master.dtype} {list(master.shape)}: reshape or "
+            "convert the weight"
+        )
+    rows, columns = master.shape
+    if columns % grid.unit:
+        raise UserError(
+            f"rows of {columns} values are no multiple of {grid.unit} ({grid.name}): choose a grid whose blocks divide "
+            "them"
+        )
+    wanted = [rows, columns // grid.block]
+    for what, given in (("scales", scales), ("offsets", offsets)):
+        if given is not None and (given.dtype != torch.float32 or list(given.shape) != wanted):
+            raise UserError(
+                f"the {what} are {given.dtype} {list(given.shape)}; convert or reshape them to torch.float32 {wanted}, "
+                f"one per block of {grid.block}"
+            )
+    if (offsets is not None) != (grid.minimum and scales is not None):
+        if offsets is None:
+            raise UserError(f"{grid.name} has minimums: give offsets with the scales")
+        raise UserError(f"offsets go with the scales of a grid that has minimums, here ({grid.name}) leave them out")
+
+
 @torch.library.custom_op("qad::fake_quantize", mutates_args=())
 def fake_quantize_op(
     master: Tensor,
@@ -254,6 +284,7 @@ def fake_quantize_op(
         offsets: float32 [N, G], with the scales of a grid that has minimums. Receives no gradient.
     """
     which = get_grid(grid)
+    _check_inputs(master, scales, which, offsets)
     master = master.contiguous()
     used = torch.empty(master.shape[0], master.shape[1] // which.block, dtype=torch.float32, device=master.device)
     given = None if scales is None else scales.contiguous()
@@ -355,6 +386,13 @@ def fake_quantize_into_op(
     offsets: Tensor | None = None,
 ) -> None:
     """Like ``qad::fake_quantize``, into buffers that the caller owns; has no gradient."""
+    _check_inputs(master, scales, get_grid(grid), offsets)
+    blocks = (master.shape[0], master.shape[1] // get_grid(grid).block)
+    if out.shape != master.shape or used_scales.shape != blocks or used_scales.dtype != torch.float32:
+        raise UserError(
+            f"the buffers are {list(out.shape)} and {used_scales.dtype} {list(used_scales.shape)}; give some of "
+            f"{list(master.shape)} and torch.float32 {list(blocks)}"
+        )
     drawn = _noise_of(noise, hard_share, seed, tensor, step)
     fake_quantize(master, scales, get_grid(grid), drawn, out, used_scales, offsets)
 

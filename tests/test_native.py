@@ -434,24 +434,31 @@ def test_unaligned_views_and_their_surroundings(dtype: torch.dtype, offset: int)
 
 
 @needs_library
-@pytest.mark.parametrize("in_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("noise", [HARD, Noise("uniform", 0.0, seed=1)], ids=["hard", "uniform"])
-def test_outputs_past_the_caches_have_the_same_bits(in_dtype: torch.dtype, noise: Noise) -> None:
+@every_dtype
+@pytest.mark.parametrize(
+    "noise",
+    [HARD, Noise("uniform", 0.0, seed=1), Noise("stochastic", 0.4, seed=1), Noise("partial", 0.4, seed=1)],
+    ids=lambda noise: noise.mode,
+)
+def test_outputs_past_the_caches_have_the_same_bits(dtype: torch.dtype, noise: Noise) -> None:
     """Large outputs are stored by other instructions where their address allows it, which an odd one does not."""
     found = re.search(r"STREAMING_ELEMENTS = 1 << (\d+);", (cpu_compiler.SOURCES / "cpu/api.cpp").read_text())
     assert found, "large outputs are told apart in another way: size this tensor anew"
-    weight = (torch.randn((1 << int(found[1])) // 4096 + 1, 4096) * 0.02).to(in_dtype)
+    weight = (torch.randn((1 << int(found[1])) // 4096 + 1, 4096) * 0.02).to(dtype)
     weight[3, 5], weight[-1, -1] = torch.nan, torch.inf
-    used = torch.empty(weight.shape[0], weight.shape[1] // 32)
-    for out_dtype in {in_dtype, torch.bfloat16}:
+    scales, used = torch.full((weight.shape[0], weight.shape[1] // 32), 0.004), torch.empty(weight.shape[0], 128)
+    for out_dtype, given in itertools.product({dtype, torch.bfloat16, torch.float32}, (None, scales)):
         aligned, odd = (torch.full((weight.numel() + 65,), 7.0, dtype=out_dtype) for _ in range(2))
         outs = [pool[start : start + weight.numel()] for pool, start in ((aligned, 64), (odd, 33))]
         assert aligned.data_ptr() % 64 == odd.data_ptr() % 64 == 0
-        for out in outs:
-            native.fake_quantize(weight, None, GRIDS["q4_0"], noise, out.view_as(weight), used)
-        check(outs[0], outs[1], str(out_dtype))
-        assert (aligned[:64] == 7).all()
-        assert aligned[-1] == 7
+        native.fake_quantize(weight, given, GRIDS["q4_0"], noise, outs[1].view_as(weight), used)
+        for name in cpu_compiler.instruction_sets():
+            with forced(name):
+                outs[0].fill_(7.0)
+                assert native.fake_quantize(weight, given, GRIDS["q4_0"], noise, outs[0].view_as(weight), used) == 2
+            check(outs[0], outs[1], f"{name}, {out_dtype}")
+            assert (aligned[:64] == 7).all()
+            assert aligned[-1] == 7
 
 
 def elements_per_thread() -> int:

@@ -281,6 +281,40 @@ def test_kernels_run_where_there_is_a_compiler() -> None:
     assert "plain torch" in ops.describe(torch.device("meta"))
 
 
+@pytest.mark.parametrize(
+    ("grid", "change", "message"),
+    [
+        ("q4_0", {"scales": torch.ones(3, 5)}, r"scales are torch.float32 \[3, 5\]; convert or reshape .* \[5, 3\]"),
+        ("q4_0", {"scales": torch.ones(5, 3).bfloat16()}, r"scales are torch.bfloat16 \[5, 3\]; convert or reshape"),
+        ("q4_0", {"weight": torch.ones(2, 5, 96)}, r"two dimensions, not of torch.float32 \[2, 5, 96\]"),
+        ("q4_0", {"weight": torch.ones(5, 96, dtype=torch.int32)}, r"of floats in two dimensions, not of torch.int32"),
+        ("q4_0", {"weight": torch.ones(5, 90)}, r"rows of 90 values are no multiple of 32 \(q4_0\)"),
+        ("q4_k", {"scales": None}, r"rows of 96 values are no multiple of 256 \(q4_k\)"),
+        ("q4_0", {"offsets": torch.ones(5, 3)}, r"here \(q4_0\) leave them out"),
+        ("q4_1", {}, r"q4_1 has minimums: give offsets"),
+        ("q4_1", {"offsets": torch.ones(5)}, r"offsets are torch.float32 \[5\]; convert or reshape"),
+    ],
+)
+def test_inputs_that_do_not_belong_together_are_named(
+    grid: str, change: dict[str, Tensor | None], message: str
+) -> None:
+    # [3, 5] scales have as many numbers as [5, 3] have: the kernels, which count, would take them.
+    given = {"weight": torch.ones(5, 96), "scales": torch.ones(5, 3), "offsets": None} | change
+    settings = (grid, "none", 0.0, 0, 0, 0)
+    with pytest.raises(UserError, match=message):
+        torch.ops.qad.fake_quantize(given["weight"], given["scales"], *settings, given["offsets"])
+    out, used = torch.empty(5, 96), torch.empty(5, 3)
+    with pytest.raises(UserError, match=message):
+        torch.ops.qad.fake_quantize_into(given["weight"], given["scales"], out, used, *settings, given["offsets"])
+
+
+def test_buffers_of_another_shape_are_named() -> None:
+    weight, used = torch.ones(5, 96), torch.empty(5, 3)
+    for out, scales in ((torch.empty(96, 5), used), (weight.clone(), torch.empty(3, 5)), (weight.clone(), used.half())):
+        with pytest.raises(UserError, match=r"give some of \[5, 96\] and torch.float32 \[5, 3\]"):
+            torch.ops.qad.fake_quantize_into(weight, None, out, scales, "q4_0", "none", 0.0, 0, 0, 0)
+
+
 def test_an_unknown_grid_or_mode_is_named() -> None:
     weight, _ = case("q4_0")
     with pytest.raises(UserError, match="unknown grid 'q3_9'"):
