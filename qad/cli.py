@@ -65,7 +65,8 @@ def export(
     requantize: Annotated[
         bool,
         typer.Option(
-            "--requantize", help="Round again where a format does not carry the trained grid. Not the trained weights."
+            "--requantize",
+            help="Round again where a format does not carry the trained grid: other weights than the trained ones.",
         ),
     ] = False,
     target: Annotated[
@@ -106,7 +107,9 @@ def export(
 def verify(
     run: RunArgument,
     files: Annotated[list[Path], typer.Argument(help="Exported files and folders.", metavar="FILE...")],
-    text: Annotated[Path | None, typer.Option(help="Text to compare runtime and torch on.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to compare runtime and torch on, in place of the packaged one.")
+    ] = None,
     runtime: Annotated[bool, typer.Option(help="Also run each file and compare with torch.")] = True,
     threads: ThreadsOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
@@ -125,10 +128,15 @@ def run(
     file: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus.", min=0.0, max=1.0)] = 0.95,
-    top_k: Annotated[int, typer.Option(help="0 is all tokens.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="Of the sampling; 0 always takes the likeliest token.", min=0.0)
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Draw from the likeliest tokens that have this share together (nucleus).", min=0.0, max=1.0),
+    ] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0: from all.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
     threads: ThreadsOption = None,
 ) -> None:
     """Stream an answer from an exported file or a server, with the model's chat template."""
@@ -152,15 +160,20 @@ app.command()(cli_think.think)
 @app.command()
 def bench(
     files: Annotated[list[Path], typer.Argument(help="Exported files and folders, runs, servers.", metavar="FILE...")],
-    ks: Annotated[str, typer.Option("--k", help="Trajectories at once, with commas.")] = "1,2,4,8,16",
+    ks: Annotated[
+        str, typer.Option("--k", help="Answers that are made side by side (trajectories); several numbers with commas.")
+    ] = "1,2,4,8,16",
     prompt_tokens: Annotated[
         str, typer.Option(help="Tokens of the prompt that all share; several with commas sweep the context.")
     ] = "128",
     new_tokens: Annotated[int, typer.Option(help="Tokens of each trajectory, exactly.", min=2)] = 128,
-    device: Annotated[str, typer.Option(help="Board whose bound stands beside each figure.")] = "host",
+    device: Annotated[
+        str,
+        typer.Option(help="Board whose bound stands beside each figure: one of `qad devices`, or host, this machine."),
+    ] = "host",
     threads: ThreadsOption = None,
     repeats: Annotated[int, typer.Option(help="Runs of each figure, of which the median is told.", min=1)] = 3,
-    kv_type: Annotated[str, typer.Option(help="Of the key-value cache in llama.cpp: f16, q8_0 or q4_0.")] = "f16",
+    kv_type: Annotated[str, typer.Option(help="Type of the key-value cache in llama.cpp: f16, q8_0 or q4_0.")] = "f16",
     gpu: Annotated[bool, typer.Option("--gpu", help="Run on the GPU, where the runtime was built for one.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
@@ -201,15 +214,17 @@ def doctor(
 
 @app.command()
 def devices(
-    name: Annotated[str | None, typer.Argument(help="A board, or host; all boards if none is named.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A board, or host, this machine; all boards if none is named.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Exported file, run or model folder to look at on it.")] = None,
-    k: Annotated[int, typer.Option(help="Trajectories at once.", min=1)] = 8,
+    k: Annotated[int, typer.Option(help="Answers that are made side by side (trajectories).", min=1)] = 8,
     context: Annotated[int, typer.Option(help="Tokens of each trajectory, the prompt included.", min=1)] = 4096,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens of the prompt that all share.", min=0, show_default="128, or half the context"),
     ] = None,
-    kv_type: Annotated[str, typer.Option(help="Of the key-value cache: f16, q8_0 or q4_0.")] = "f16",
+    kv_type: Annotated[str, typer.Option(help="Type of the key-value cache: f16, q8_0 or q4_0.")] = "f16",
     memory: Annotated[float | None, typer.Option(help="GiB of memory, where a board is sold with several.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again; for host.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-RunArgument = Annotated[Path, typer.Argument(help="Run folder, as made by `qad train`.")]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, as made by `qad train` or `qad quantize`.")]
 ModelArgument = Annotated[
     Path,
     typer.Argument(help="Exported file or folder, run, or a server: http://host:8000/v1, #MODEL if it has several."),
@@ -14,7 +14,10 @@ BitsOption = Annotated[
     int | None, typer.Option(help="4 or 8: the portable grid of the linear layers.", show_default="4")
 ]
 GridOption = Annotated[
-    str | None, typer.Option(help="Any grid for the linear layers (embedding and head get at least 8 bits).")
+    str | None,
+    typer.Option(
+        help="Any grid for the linear layers, such as q4_0, q5_k or int4_g128 (embedding and head get at least 8 bits)."
+    ),
 ]
 PlanOption = Annotated[
     str | None,
@@ -38,7 +41,7 @@ FormatsOption = Annotated[
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="JSONL or Parquet file of `text` or `prompt`/`completion` rows, or a hub data set id; may be repeated",
+        help="JSONL or Parquet file of `text` or `prompt`/`completion` rows, or a hub data set id; may be repeated.",
         show_default="worked problems, and text sampled from the teacher",
     ),
 ]

@@ -13,7 +13,7 @@ from qad.errors import UserError
 def think(
     file: ModelArgument,
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    k: Annotated[int, typer.Option("--k", help="Trajectories.", min=1)] = 8,
+    k: Annotated[int, typer.Option("--k", help="Trajectories: answers that are sampled side by side.", min=1)] = 8,
     method: Annotated[
         str,
         typer.Option(
@@ -54,7 +54,7 @@ def think(
     wave: Annotated[
         int | None,
         typer.Option(
-            help="Trajectories at a time.", min=1, show_default="half of K where a vote may stop early, else K"
+            help="Trajectories that run at a time.", min=1, show_default="half of K where a vote may stop early, else K"
         ),
     ] = None,
     drop: Annotated[
@@ -64,9 +64,12 @@ def think(
         ),
     ] = False,
     measure: Annotated[
-        str, typer.Option(help="Confidence: the lowest mean log-probability of a window, or the mean of all tokens.")
+        str,
+        typer.Option(
+            help="What confidence is: lowest (the lowest mean log-probability of a window of tokens) or mean (of all)."
+        ),
     ] = "lowest",
-    window: Annotated[int, typer.Option(help="Tokens of that window.", min=1)] = 64,
+    window: Annotated[int, typer.Option(help="Tokens of a window of --measure lowest.", min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(help="Longest trajectory and deliberation.", min=1)] = 512,
     preset: Annotated[
         str | None, typer.Option(help="Sampling: tiny or large.", show_default="by parameters: large from 7B on")
@@ -75,10 +78,10 @@ def think(
     top_p: Annotated[float | None, typer.Option(help="In place of the preset's.", min=0.0, max=1.0)] = None,
     top_k: Annotated[int | None, typer.Option(help="In place of the preset's; 0 is all tokens.", min=0)] = None,
     min_p: Annotated[float | None, typer.Option(help="In place of the preset's.", min=0.0, max=1.0)] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling and of the order in deliberations.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling and of the order in deliberations.", min=0)] = 0,
     threads: ThreadsOption = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Run on the GPU, where the runtime was built for one.")] = False,
-    kv_type: Annotated[str, typer.Option(help="Of the key-value cache in llama.cpp: f16, q8_0 or q4_0.")] = "f16",
+    kv_type: Annotated[str, typer.Option(help="Type of the key-value cache in llama.cpp: f16, q8_0 or q4_0.")] = "f16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
     """Ask a question K times and return one answer: by vote, by confidence, or by deliberating."""

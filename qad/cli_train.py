@@ -18,7 +18,9 @@ def train(
     formats: FormatsOption = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Hugging Face folder, hub id or GGUF file.", show_default="the packaged SmolLM2-135M"),
+        typer.Option(
+            help="Hugging Face folder, hub id, GGUF file, or smollm2.", show_default="the packaged SmolLM2-135M"
+        ),
     ] = None,
     student: Annotated[str | None, typer.Option(help="The model to quantize.", show_default="the teacher")] = None,
     data: DataOption = None,
@@ -67,7 +69,10 @@ def train(
         ),
     ] = None,
     noise: Annotated[
-        str | None, typer.Option(help="none, uniform, stochastic or partial.", show_default="none")
+        str | None,
+        typer.Option(
+            help="What stands in for hard rounding at first: none, uniform, stochastic or partial.", show_default="none"
+        ),
     ] = None,
     noise_until: Annotated[
         float | None,
@@ -76,8 +81,15 @@ def train(
     init: Annotated[
         str | None, typer.Option(help="Where training starts: rtn, mse or gptq.", show_default="gptq")
     ] = None,
-    scales: Annotated[str | None, typer.Option(help="absmax, mse or learned.", show_default="learned")] = None,
-    kl: Annotated[str | None, typer.Option(help="forward, reverse or jsd.", show_default="forward")] = None,
+    scales: Annotated[
+        str | None, typer.Option(help="How scales are found: absmax, mse or learned.", show_default="learned")
+    ] = None,
+    kl: Annotated[
+        str | None,
+        typer.Option(
+            help="Direction of the KL to the teacher: forward, reverse or jsd (between both).", show_default="forward"
+        ),
+    ] = None,
     kl_weight: Annotated[
         float | None,
         typer.Option(
@@ -92,12 +104,17 @@ def train(
         float | None, typer.Option(help="Weight of the plain next-token loss.", show_default="0.0")
     ] = None,
     loss_on: Annotated[
-        str | None, typer.Option(help="all tokens, or completion tokens only.", show_default="all")
+        str | None,
+        typer.Option(
+            help="Tokens that the loss counts: all, or completion (of prompt/completion rows).", show_default="all"
+        ),
     ] = None,
     cache_top_k: Annotated[
         int | None,
         typer.Option(
-            help="Compute the teacher's K likeliest tokens once and train from these.", min=0, show_default="0"
+            help="Compute the teacher's K likeliest tokens once and train from these; 0 runs it at every step.",
+            min=0,
+            show_default="0",
         ),
     ] = None,
     mix_tokens: Annotated[
@@ -113,10 +130,13 @@ def train(
         int | None, typer.Option(help="Steps between checkpoints; 0: none.", min=0, show_default="16")
     ] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Trade time for memory.")
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing", help="Keep fewer activations and compute them again: less memory, more time."
+        ),
     ] = None,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of data, noise and sampling.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data, noise and sampling.", show_default="0")] = None,
     resume: ResumeOption = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/run"),
 ) -> None:
@@ -222,7 +242,7 @@ def quantize(
         int | None, typer.Option(help="Tokens set aside for evaluation.", min=1, show_default="4096")
     ] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.", min=2, show_default="256")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of data and sampling.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data and sampling.", show_default="0")] = None,
     resume: ResumeOption = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/quantized"),
 ) -> None:

@@ -52,18 +52,16 @@ class Sampling:
     first: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            not 0 <= self.temperature < math.inf
-            or not 0 < self.top_p <= 1
-            or self.top_k < 0
-            or self.seed < 0
-            or not 0 <= self.min_p <= 1
-            or self.first < 0
+        for name, possible, told in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1, which is all tokens"),
+            ("top_k", self.top_k >= 0, "0, which is all tokens, or more"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("first", self.first >= 0, "0 or more"),
         ):
-            raise UserError(
-                f"{self} is impossible: temperature, top_k, seed and first are at least 0, top_p in (0, 1], "
-                "min_p in [0, 1]"
-            )
+            if not possible:
+                raise UserError(f"sampling with {name} {getattr(self, name)} is impossible: give {told}")
 
 
 GREEDY = Sampling()

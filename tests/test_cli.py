@@ -139,6 +139,16 @@ def test_help_mentions_every_verb(qad: Call) -> None:
         assert qad(verb, "--help").code == 0
 
 
+def test_every_argument_and_option_says_what_it_is_in_a_sentence() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert len(commands) > 8
+    for name, command in commands.items():
+        for parameter in command.params:
+            told = getattr(parameter, "help", None)
+            assert told, (name, parameter.name)
+            assert told.endswith("."), (name, parameter.name, told)
+
+
 def test_help_loads_no_heavy_library() -> None:
     code = "import sys; import qad.cli; print({'torch', 'transformers', 'trl', 'gguf', 'numpy'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

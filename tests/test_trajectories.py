@@ -502,3 +502,19 @@ def test_a_call_can_make_the_later_ones_of_a_larger_one(session: Session) -> Non
     later = session.sample(PROMPT, 3, dataclasses.replace(HOT, first=3), new_tokens=12)
     assert [one.tokens for one in later] == [one.tokens for one in whole[3:]]
     assert [one.index for one in later] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({"top_p": 0.0}, "sampling with top_p 0.0 is impossible: give more than 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"temperature": float("nan")}, "temperature nan is impossible: give 0 or more"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"min_p": 1.1}, "min_p 1.1 is impossible: give 0 to 1"),
+        ({"seed": -5}, "seed -5"),
+    ],
+)
+def test_an_impossible_rule_names_what_is_impossible(rule: dict[str, float], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        Sampling(**rule)  # type: ignore[arg-type]
