@@ -270,7 +270,8 @@ def _others_write(target: Path, besides: Path | None = None) -> bool:
     """Return whether a process writes a target, and delete what killed ones left."""
     # Eight characters are what mkstemp draws: the temporary files of "a.b" are not those of "a".
     for temporary in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
-        if temporary != besides:
+        # By name: of a folder that was given as a relative path tempfile tells the whole one.
+        if besides is None or temporary.name != besides.name:
             try:
                 with locked(temporary):
                     _delete(temporary)

@@ -239,6 +239,16 @@ def test_a_second_writer_is_refused_while_the_first_writes(
 
 
 @REPLACING
+def test_relative_paths(tmp_path: Path, replacing: Replacing, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (Path("model"), Path("runs/mine/model"), Path("../model.2")):
+        with replacing(target) as temporary:
+            write(temporary, "one")
+        assert read(target) == "one"
+
+
+@REPLACING
 def test_a_second_writer_waits_for_one_that_takes_a_moment(tmp_path: Path, replacing: Replacing) -> None:
     target = tmp_path / "record"
     began, done = threading.Event(), []
