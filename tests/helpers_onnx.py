@@ -5,23 +5,12 @@ from typing import Any
 
 import pytest
 
-from qad.artifact import Artifact
-from qad.export import onnx as onnx_module
-from tests.helpers_models import make_artifact
-
 onnx: Any = pytest.importorskip("onnx")
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime_genai")
 
 NORM = "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-def make_export(run: Path, case: str, **options: Any) -> tuple[Artifact, Path]:
-    """Make an artifact of a case of ``helpers_models`` and export it; return both."""
-    artifact = make_artifact(run, case, **options)
-    onnx_module.write(artifact, run / "student-onnx")
-    return artifact, run / "student-onnx"
 
 
 def read_model(folder: Path) -> Any:

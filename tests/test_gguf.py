@@ -4,7 +4,6 @@ import dataclasses
 import json
 import struct
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -24,33 +23,22 @@ from qad.architectures import (
     key_value_heads,
     rope_parameters,
 )
-from qad.artifact import Artifact
 from qad.errors import UserError
 from qad.export import Exporter
 from qad.export import gguf as gguf_module
 from qad.gguf_check import check_gguf, read_header
 from qad.verify import verify
+from tests.helpers_exports import Exported, exports_made_once
 from tests.helpers_models import MODELS, TOKENIZERS, make_artifact, make_tokenizer
 
 # The assignment makes the type checker hold the module to the protocol.
 EXPORTER: Exporter = gguf_module
-Exported = Callable[[str], tuple[Artifact, Path]]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Return a maker of exported cases, each made once."""
-    made: dict[str, tuple[Artifact, Path]] = {}
-
-    def make(case: str) -> tuple[Artifact, Path]:
-        if case not in made:
-            run = tmp_path_factory.mktemp(case)
-            artifact = make_artifact(run, case)
-            EXPORTER.write(artifact, run / "model.gguf")
-            made[case] = artifact, run / "model.gguf"
-        return made[case]
-
-    return make
+    return exports_made_once(EXPORTER, "model.gguf", tmp_path_factory)
 
 
 @pytest.mark.parametrize("case", MODELS)

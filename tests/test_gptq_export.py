@@ -26,6 +26,7 @@ from qad.runtimes import gptq as gptq_runtime
 from qad.verify import verify
 from qad.verify_command import verify_command
 from tests.helpers_commands import qad
+from tests.helpers_exports import WIDE, Exported, exports_made_once, make_export
 from tests.helpers_models import MODELS, make_artifact, make_tokenizer, verify_text
 from tests.helpers_runtimes import needs
 
@@ -34,13 +35,7 @@ EXPORTER: Exporter = gptq_module
 RUNTIME: Runtime = gptq_runtime
 needs_gptqmodel = needs("gptq")
 
-# All widths divide by 128. Case of helpers_models, grid of its linear layers.
-WIDE: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 384,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+# Case of helpers_models, grid of its linear layers.
 CASES = {
     "llama-tied": "q4_0",
     "llama-untied": "q8_0",
@@ -50,35 +45,14 @@ CASES = {
     "qwen3-yarn": "int8_g128",
 }
 every_case = pytest.mark.parametrize("case", CASES)
-Exported = Callable[..., tuple[Artifact, Path]]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Return a maker of artifacts and their folders, each made once and not to be changed."""
-    made: dict[str, tuple[Artifact, Path]] = {}
-
-    def make(case: str) -> tuple[Artifact, Path]:
-        if case not in made:
-            run = tmp_path_factory.mktemp(case)
-            artifact = make_artifact(run, case, linear_grid=CASES[case], **WIDE)
-            EXPORTER.write(artifact, run / "student-gptq")
-            made[case] = artifact, run / "student-gptq"
-        return made[case]
-
-    return make
-
-
-@pytest.fixture
-def fresh(tmp_path: Path) -> Exported:
-    """Return a maker of folders of one's own."""
-
-    def make(case: str = "llama-tied", **options: Any) -> tuple[Artifact, Path]:
-        artifact = make_artifact(tmp_path / "run", case, **options)
-        EXPORTER.write(artifact, tmp_path / "run" / "student-gptq")
-        return artifact, tmp_path / "run" / "student-gptq"
-
-    return make
+    return exports_made_once(
+        EXPORTER, "student-gptq", tmp_path_factory, lambda case: {"linear_grid": CASES[case], **WIDE}
+    )
 
 
 def linear_names(artifact: Artifact) -> list[str]:
@@ -229,8 +203,8 @@ def test_what_fp16_does_not_reach_counts_as_infinitely_wrong() -> None:
         ("scales", 2 * 5, 1, 5, 0),
     ],
 )
-def test_one_flipped_bit(part: str, byte: int, bits: int, row: int, column: int, fresh: Exported) -> None:
-    artifact, folder = fresh()
+def test_one_flipped_bit(part: str, byte: int, bits: int, row: int, column: int, tmp_path: Path) -> None:
+    artifact, folder = make_export(EXPORTER, tmp_path / "run" / "student-gptq", "llama-tied")
     flip(folder / "model.safetensors", f"model.layers.1.mlp.down_proj.{part}", byte, bits)
     (mismatch,) = verify(artifact.folder.parent, folder).mismatches
     assert mismatch.name == "model.layers.1.mlp.down_proj.weight"
@@ -239,8 +213,8 @@ def test_one_flipped_bit(part: str, byte: int, bits: int, row: int, column: int,
     assert mismatch.differing == 1 if part == "qweight" else 1 < mismatch.differing <= 32
 
 
-def test_verify_says_what_is_wrong(fresh: Exported, capsys: pytest.CaptureFixture[str]) -> None:
-    artifact, folder = fresh("llama-untied")
+def test_verify_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact, folder = make_export(EXPORTER, tmp_path / "student-gptq", "llama-untied")
     run = artifact.folder.parent
     assert verify_command(run, [folder], runtime=False) == 0
     out = capsys.readouterr().out
@@ -387,8 +361,8 @@ def test_full_disk_keeps_the_previous_folder(small_disk: Path, tmp_path: Path) -
     assert verify(tmp_path / "small", target).ok
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else(fresh: Exported, tmp_path: Path) -> None:
-    artifact, folder = fresh()
+def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    artifact, folder = make_export(EXPORTER, tmp_path / "run" / "student-gptq", "llama-tied")
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
     EXPORTER.write(artifact, folder)
     assert not (folder / "model-00001-of-00002.safetensors").exists()
@@ -485,15 +459,15 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
         ("config.json", lambda old: [], "holds no object"),
     ],
 )
-def test_configurations_that_contradict(file: str, change: Callable[[Any], Any], message: str, fresh: Exported) -> None:
-    artifact, folder = fresh()
+def test_configurations_that_contradict(file: str, change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    artifact, folder = make_export(EXPORTER, tmp_path / "run" / "student-gptq", "llama-tied")
     (folder / file).write_text(json.dumps(change(json.loads((folder / file).read_text()))))
     with pytest.raises(UserError, match=message):
         verify(artifact.folder.parent, folder)
 
 
-def test_other_checkpoint_formats(fresh: Exported) -> None:
-    artifact, folder = fresh()
+def test_other_checkpoint_formats(tmp_path: Path) -> None:
+    artifact, folder = make_export(EXPORTER, tmp_path / "run" / "student-gptq", "llama-tied")
 
     def set_format(name: str) -> None:
         for file, inside in (("quantize_config.json", None), ("config.json", "quantization_config")):
@@ -509,8 +483,8 @@ def test_other_checkpoint_formats(fresh: Exported) -> None:
         verify(artifact.folder.parent, folder)
 
 
-def test_truncated_and_scrambled_files(fresh: Exported) -> None:
-    artifact, folder = fresh()
+def test_truncated_and_scrambled_files(tmp_path: Path) -> None:
+    artifact, folder = make_export(EXPORTER, tmp_path / "run" / "student-gptq", "llama-tied")
     file = folder / "model.safetensors"
     data = file.read_bytes()
     for length in (0, 4, 8, 100, len(data) // 2, len(data) - 1):
@@ -535,8 +509,8 @@ def test_truncated_and_scrambled_files(fresh: Exported) -> None:
 
 
 @needs_gptqmodel
-def test_a_folder_that_gptqmodel_cannot_load(fresh: Exported) -> None:
-    _, folder = fresh()
+def test_a_folder_that_gptqmodel_cannot_load(tmp_path: Path) -> None:
+    _, folder = make_export(EXPORTER, tmp_path / "run" / "student-gptq", "llama-tied")
     (folder / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="gptqmodel cannot load"):
         RUNTIME.open(folder, threads=1)

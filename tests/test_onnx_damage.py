@@ -14,14 +14,15 @@ from qad.errors import UserError
 from qad.export import onnx as onnx_module
 from qad.verify import verify
 from qad.verify_command import verify_command
+from tests.helpers_exports import make_export
 from tests.helpers_models import make_artifact
-from tests.helpers_onnx import DOWN, NORM, initializer, make_export, place, read_model, save_model, set_place
+from tests.helpers_onnx import DOWN, NORM, initializer, place, read_model, save_model, set_place
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Path]:
     """Return an artifact and its folder, not to be changed."""
-    return make_export(tmp_path_factory.mktemp("exported"), "llama-tied")
+    return make_export(onnx_module, tmp_path_factory.mktemp("exported") / "student-onnx", "llama-tied")
 
 
 def flip(folder: Path, name: str, byte: int, bits: int) -> None:
@@ -48,7 +49,7 @@ def flip(folder: Path, name: str, byte: int, bits: int) -> None:
     ],
 )
 def test_one_flipped_bit(name: str, byte: int, differing: int, tmp_path: Path) -> None:
-    artifact, folder = make_export(tmp_path, "llama-biases")
+    artifact, folder = make_export(onnx_module, tmp_path / "student-onnx", "llama-biases")
     flip(folder, name, byte, 1)
     (mismatch,) = verify(artifact.folder.parent, folder).mismatches
     assert mismatch.name == name.removesuffix(".codes").removesuffix(".scales")
@@ -56,7 +57,7 @@ def test_one_flipped_bit(name: str, byte: int, differing: int, tmp_path: Path) -
 
 
 def test_verify_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    artifact, folder = make_export(tmp_path, "llama-untied")
+    artifact, folder = make_export(onnx_module, tmp_path / "student-onnx", "llama-untied")
     run = artifact.folder.parent
     assert verify_command(run, [folder], threads=1) == 0
     out = capsys.readouterr().out
@@ -72,7 +73,7 @@ def test_verify_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_head_that_is_no_longer_tied(tmp_path: Path) -> None:
-    artifact, folder = make_export(tmp_path, "llama-tied")
+    artifact, folder = make_export(onnx_module, tmp_path / "student-onnx", "llama-tied")
     model = read_model(folder)
     offset = int(place(model, "lm_head.weight.codes")["offset"])
     set_place(model, "lm_head.weight.codes", "offset", str(offset + 64))
@@ -200,7 +201,7 @@ def test_models_that_lie(kind: str, exported: tuple[Artifact, Path], tmp_path: P
 
 
 def test_truncated_and_scrambled_files(tmp_path: Path) -> None:
-    artifact, folder = make_export(tmp_path, "llama-tied")
+    artifact, folder = make_export(onnx_module, tmp_path / "student-onnx", "llama-tied")
     run = artifact.folder.parent
     for name, message in (("model.onnx", "damaged"), ("model.onnx.data", "damaged")):
         data = (folder / name).read_bytes()

@@ -4,7 +4,6 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from qad.agreement import compare_runtime
-from qad.artifact import Artifact
 from qad.errors import UserError
 from qad.export import Exporter, exporter_for
 from qad.export import gptq as gptq_module
@@ -25,8 +23,9 @@ from qad.runtimes import Runtime
 from qad.runtimes import ort as ort_module
 from qad.verify import verify
 from tests.helpers_commands import qad
+from tests.helpers_exports import WIDE, Exported, exports_made_once, make_export
 from tests.helpers_models import MODELS, make_artifact, make_tokenizer, verify_text
-from tests.helpers_onnx import DOWN, NORM, initializer, make_export, place, read_model, save_model
+from tests.helpers_onnx import DOWN, NORM, initializer, place, read_model, save_model
 
 onnx: Any = pytest.importorskip("onnx")
 
@@ -34,13 +33,7 @@ onnx: Any = pytest.importorskip("onnx")
 EXPORTER: Exporter = onnx_module
 RUNTIME: Runtime = ort_module
 
-# All widths divide by 128. Case of helpers_models, grid of its linear layers.
-WIDE: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 384,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+# Case of helpers_models, grid of its linear layers.
 CASES = {
     "llama-tied": "q4_0",
     "llama-untied": "q8_0",
@@ -52,21 +45,14 @@ CASES = {
     "gemma3": "q4_0",
 }
 every_case = pytest.mark.parametrize("case", CASES)
-Exported = Callable[[str], tuple[Artifact, Path]]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Return a maker of artifacts and their folders, each made once and not to be changed."""
-    made: dict[str, tuple[Artifact, Path]] = {}
-
-    def make(case: str) -> tuple[Artifact, Path]:
-        if case not in made:
-            run = tmp_path_factory.mktemp(case)
-            made[case] = make_export(run, case, linear_grid=CASES[case], **WIDE)
-        return made[case]
-
-    return make
+    return exports_made_once(
+        EXPORTER, "student-onnx", tmp_path_factory, lambda case: {"linear_grid": CASES[case], **WIDE}
+    )
 
 
 # ------------------------------------------------------------------------------------------------ what is exact
@@ -282,7 +268,7 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_write_leaves_the_old_folder(tmp_path: Path) -> None:
-    artifact, folder = make_export(tmp_path / "run", "llama-tied")
+    artifact, folder = make_export(onnx_module, tmp_path / "run" / "student-onnx", "llama-tied")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def interrupt(done: int, total: int) -> None:
@@ -314,7 +300,7 @@ def test_full_disk_keeps_the_previous_folder(small_disk: Path, tmp_path: Path) -
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:
-    artifact, folder = make_export(tmp_path / "run", "llama-tied")
+    artifact, folder = make_export(onnx_module, tmp_path / "run" / "student-onnx", "llama-tied")
     (folder / "old.onnx.data").write_bytes(b"")
     EXPORTER.write(artifact, folder)
     assert not (folder / "old.onnx.data").exists()
