@@ -461,6 +461,26 @@ def test_outputs_past_the_caches_have_the_same_bits(dtype: torch.dtype, noise: N
             assert aligned[-1] == 7
 
 
+@needs_library
+@every_dtype
+def test_random_numbers_of_a_tensor_of_real_size(dtype: torch.dtype) -> None:
+    """Beyond 2^20 elements, which no other test here compares with the reference: counters are wider than that."""
+    weight = (torch.randn(4097, 1024, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)
+    noise, grid = Noise("uniform", 0.4, 1, 2, 3), GRIDS["q4_0"]
+    expected = fake_quantize(weight, None, grid, noise)
+    grad = gradient(weight, dtype)
+    by_scale = fake_quantize_backward(grad, weight, None, grid, noise, learn_scales=True)
+    assert by_scale is not None
+    for name in cpu_compiler.instruction_sets():
+        with forced(name):
+            out, got_grad, got_by_scale = torch.empty_like(weight), gradient(weight, dtype), torch.empty_like(by_scale)
+            native.fake_quantize(weight, None, grid, noise, out, None)
+            native.fake_quantize_backward(got_grad, weight, None, grid, noise, got_by_scale)
+            check(out, expected, name)
+            check(got_grad, grad, f"gradient, {name}")
+            check(got_by_scale, by_scale, f"gradient of scales, {name}")
+
+
 def elements_per_thread() -> int:
     found = re.search(r"ELEMENTS_PER_THREAD = 1 << (\d+);", (cpu_compiler.SOURCES / "cpu/api.cpp").read_text())
     assert found, "the kernels split their work in another way: size this tensor anew"
