@@ -472,7 +472,7 @@ def test_random_numbers_of_a_tensor_of_real_size(dtype: torch.dtype) -> None:
     by_scale = fake_quantize_backward(grad, weight, None, grid, noise, learn_scales=True)
     assert by_scale is not None
     for name in cpu_compiler.instruction_sets():
-        with forced(name):
+        with forced(name), threads(4):
             out, got_grad, got_by_scale = torch.empty_like(weight), gradient(weight, dtype), torch.empty_like(by_scale)
             native.fake_quantize(weight, None, grid, noise, out, None)
             native.fake_quantize_backward(got_grad, weight, None, grid, noise, got_by_scale)
