@@ -192,6 +192,17 @@ def sizes(shape: str) -> tuple[int, int, int]:
     return tokens, vocabulary, width
 
 
+def shape_of(text: str) -> str:
+    """Return a shape as it was given, or refuse what is none."""
+    try:
+        sensible = min(sizes(text)) > 0
+    except ValueError:
+        sensible = False
+    if not sensible:
+        raise argparse.ArgumentTypeError(f"{text!r} is no tokens x vocabulary x width such as {SHAPES[0]}")
+    return text
+
+
 def contenders(device: str) -> tuple[list[str], list[str]]:
     """Return who can run, and a line for each that cannot."""
     runs, missing = [PLAIN, CHUNKED, OURS], []
@@ -233,7 +244,14 @@ def main() -> None:
     parser.add_argument("--kind", default="forward", choices=KL_MODES, help="divergence (default: forward)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), metavar="TxVxD", help=f"default: {SHAPES}")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape_of,
+        default=list(SHAPES),
+        metavar="TxVxD",
+        help=f"tokens x vocabulary x width (default: {' '.join(SHAPES)})",
+    )
     parser.add_argument(
         "--chunk-tokens", type=int, default=LossSettings().chunk_tokens, help="rows of a chunk's logits"
     )

@@ -41,8 +41,9 @@ def answer(
             shown = shown or bool(piece.text)
             if piece.ending is not None:
                 end = piece.ending
+                count = f"{end.new_tokens} token{'s' if end.new_tokens != 1 else ''}"
                 Console(stderr=True).print(
-                    f"\n[dim]{end.new_tokens} tokens, {end.tokens_per_second:.1f} tokens/s "
+                    f"\n[dim]{count}, {end.tokens_per_second:.1f} tokens/s "
                     f"(prompt of {end.prompt_tokens} in {end.prompt_seconds:.2f} s), ended by {end.reason}[/]"
                 )
     except UserError as error:

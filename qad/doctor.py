@@ -60,18 +60,18 @@ def _machine() -> Table:
 
 
 def requirements() -> list[tuple[str, str | None]]:
-    """Return every library that qad can use and the extra that installs it; None for what it cannot do without."""
+    """Return every library that qad can use and an extra that installs it; None for what it cannot do without."""
     try:
         declared = requires("qad") or []
     except PackageNotFoundError:
         return []
-    found: list[tuple[str, str | None]] = []
+    found: dict[str, str | None] = {}
     for text in declared:
         requirement = Requirement(text)
         extra = text.rpartition('extra == "')[2].rstrip('"') if "extra ==" in text else None
         if requirement.name != "qad" and extra not in ("dev", "all"):
-            found.append((requirement.name, extra))
-    return found
+            found.setdefault(requirement.name, extra)  # what cannot be done without is declared first
+    return list(found.items())
 
 
 def _libraries() -> tuple[Table, list[str]]:
@@ -105,7 +105,8 @@ def _kernels() -> Table:
     table.add_row(
         "processor", f"{platform.machine()}: {', '.join(_cpu_features()) or 'no vector instructions reported'}"
     )
-    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    table.add_row("torch", f"{torch.__version__}, {threads} thread{'s' if threads != 1 else ''}")
     if torch.cuda.is_available():
         gpus = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         table.add_row("GPU", gpus)

@@ -51,6 +51,7 @@ def test_a_missing_library_names_its_extra(capsys: pytest.CaptureFixture[str], m
     assert ("torch", None) in declared
     assert ("llama-cpp-python", "llama") in declared
     assert ("bitsandbytes", "cuda") in declared
+    assert len(declared) == len({name for name, _ in declared})  # though several extras may want the same one
     assert not {"ruff", "qad"} & {name for name, _ in declared}
     monkeypatch.setattr(doctor, "requirements", lambda: [("no-such-library", "llama"), ("no-such-base", None)])
     assert doctor_command() == 1
