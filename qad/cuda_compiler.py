@@ -137,12 +137,16 @@ class Nvcc:
             return output.read_bytes(), log.strip()
 
 
+def _in_packages(pattern: str) -> list[str]:
+    """Return the files that match in NVIDIA's packages (``pip install nvidia-cuda-nvrtc``, say)."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    return sorted(str(file) for folder in folders for file in Path(folder).glob(pattern))
+
+
 def _nvrtc_libraries() -> list[str]:
     """Return where NVRTC may be, best first: torch's own packages, the loader's path, a toolkit."""
-    found: list[str] = []
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        found += sorted(str(file) for file in Path(folder).glob("*/lib/libnvrtc.so.*"))
+    found = _in_packages("*/lib/libnvrtc.so.*")
     found += ["libnvrtc.so.13", "libnvrtc.so.12"]
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     found += sorted(str(file) for file in toolkit.glob("lib64/libnvrtc.so.*"))
@@ -161,11 +165,16 @@ def find_nvrtc() -> Nvrtc | None:
     return None
 
 
+def nvcc_path() -> str | None:
+    """Return where nvcc is, None if nowhere: on the PATH, in a toolkit, in NVIDIA's packages."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=toolkit) or next(iter(_in_packages("*/bin/nvcc")), None)
+
+
 @cache
 def find_nvcc() -> Nvcc | None:
-    """Return the toolkit's compiler, None if there is none."""
-    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
+    """Return NVIDIA's compiler, None if there is none."""
+    path = nvcc_path()
     with contextlib.suppress(NativeUnavailable):
         return Nvcc(path) if path else None
     return None

@@ -44,9 +44,9 @@ def test_every_source_file_is_loaded() -> None:
 @every_file
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_nvcc_compiles_without_warnings_and_nothing_spills(source: str, capability: int, tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    nvcc = cuda_compiler.nvcc_path()
     if nvcc is None:
-        pytest.skip("no nvcc: the CUDA toolkit is not installed")
+        pytest.skip("no nvcc: pip install nvidia-cuda-nvcc")
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     if f"sm_{capability}" not in known:
         pytest.skip(f"this nvcc does not know sm_{capability}")
