@@ -41,7 +41,15 @@ SHAPES = {
     "SmolLM2 up_proj 1536 x 576": (1536, 576),
     "SmolLM2 embedding 49152 x 576": (49152, 576),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of weights and of what they become; fp32 weights of a model in 16 bits are a trainer's masters.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp32-bf16": (torch.float32, torch.bfloat16),
+    "fp32-fp16": (torch.float32, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+}
+Rivals = dict[str, Callable[[Tensor, torch.dtype], object]]
 FORWARDS = {
     "forward": HARD,
     "forward, uniform noise": Noise("uniform", 0.0, seed=1),
@@ -56,7 +64,7 @@ class Row:
     """One operation on one tensor.
 
     Attributes:
-        operation, shape, dtype: Which.
+        operation, shape, dtype: Which; the dtype as ``DTYPES`` names it.
         milliseconds: Best time of a call.
         gigabytes_per_s: Bytes that must move over that time.
         copy_share: The same as a share of the copy's.
@@ -118,7 +126,7 @@ def keep_pages_mapped() -> bool:
     return bool(no_mmap and no_trim)
 
 
-def eager_formula(weight_NK: Tensor, grid: Grid) -> Tensor:
+def eager_formula(weight_NK: Tensor, grid: Grid, out_dtype: torch.dtype) -> Tensor:
     """The forward pass as one writes it in torch, without checks, in place where it can be."""
     blocks = as_blocks(weight_NK.float(), grid)
     low_NG, high_NG = blocks.aminmax(dim=-1)
@@ -128,10 +136,10 @@ def eager_formula(weight_NK: Tensor, grid: Grid) -> Tensor:
         scales = torch.maximum(high_NG, -low_NG) / grid.code_max
     scales = round_scales(scales, grid).unsqueeze(-1)
     codes = (blocks * scales.reciprocal()).round_().clamp_(grid.code_min, grid.code_max)
-    return codes.mul_(scales).view_as(weight_NK).to(weight_NK.dtype)
+    return codes.mul_(scales).view_as(weight_NK).to(out_dtype)
 
 
-def compiled_formula(weight_NK: Tensor, grid: Grid) -> Tensor:
+def compiled_formula(weight_NK: Tensor, grid: Grid, out_dtype: torch.dtype) -> Tensor:
     """The same without in-place steps, for the compiler to fuse."""
     blocks = as_blocks(weight_NK.float(), grid)
     low_NG, high_NG = blocks.amin(dim=-1), blocks.amax(dim=-1)
@@ -141,22 +149,23 @@ def compiled_formula(weight_NK: Tensor, grid: Grid) -> Tensor:
         scales = torch.maximum(high_NG, -low_NG) / grid.code_max
     scales = round_scales(scales, grid).unsqueeze(-1)
     codes = (blocks * (1.0 / scales)).round().clamp(grid.code_min, grid.code_max)
-    return (codes * scales).view_as(weight_NK).to(weight_NK.dtype)
+    return (codes * scales).view_as(weight_NK).to(out_dtype)
 
 
-def rivals(grid: Grid, device: torch.device) -> tuple[dict[str, Callable[[Tensor], object]], list[str]]:
+def rivals(grid: Grid, device: torch.device) -> tuple[Rivals, list[str]]:
     """Return what else can do the forward pass here, and why the others cannot."""
-    found: dict[str, Callable[[Tensor], object]] = {"eager torch": lambda weight: eager_formula(weight, grid)}
+    found: Rivals = {"eager torch": lambda weight, out_dtype: eager_formula(weight, grid, out_dtype)}
     missing: list[str] = []
     compiled = torch.compile(compiled_formula)
-    found["torch.compile"] = lambda weight: compiled(weight, grid)
+    found["torch.compile"] = lambda weight, out_dtype: compiled(weight, grid, out_dtype)
     try:
         logging.disable(logging.WARNING)  # of libraries of kernels that it misses
         from torchao.quantization.qat import IntxFakeQuantizeConfig
         from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
 
         kind = getattr(torch, f"int{grid.bits}")
-        found["torchao"] = IntxFakeQuantizer(IntxFakeQuantizeConfig(kind, group_size=grid.block, is_symmetric=True))
+        theirs = IntxFakeQuantizer(IntxFakeQuantizeConfig(kind, group_size=grid.block, is_symmetric=True))
+        found["torchao"] = lambda weight, out_dtype: theirs(weight).to(out_dtype)
     except ImportError as error:
         missing.append(f"torchao: {error}")
     finally:
@@ -167,7 +176,8 @@ def rivals(grid: Grid, device: torch.device) -> tuple[dict[str, Callable[[Tensor
             from modelopt.torch.quantization.nn import TensorQuantizer  # pyright: ignore
 
             config = QuantizerAttributeConfig(num_bits=grid.bits, block_sizes={-1: grid.block})
-            found["ModelOpt"] = TensorQuantizer(config)
+            modelopt = TensorQuantizer(config)
+            found["ModelOpt"] = lambda weight, out_dtype: modelopt(weight).to(out_dtype)
         except ImportError as error:
             missing.append(f"NVIDIA ModelOpt: {error}")
     else:
@@ -175,51 +185,48 @@ def rivals(grid: Grid, device: torch.device) -> tuple[dict[str, Callable[[Tensor
     return found, missing
 
 
-def measure_default_malloc(
-    grid: Grid, shape: str, dtype: str, rounds: int, others: dict[str, Callable[[Tensor], object]]
-) -> dict[str, float]:
+def measure_default_malloc(grid: Grid, shape: str, dtype: str, rounds: int, others: Rivals) -> dict[str, float]:
     """Return how many times faster than each rival the forward pass is while malloc hands large blocks back."""
-    weight = (torch.randn(SHAPES[shape]) * 0.02).to(DTYPES[dtype])
-    out, used = torch.empty_like(weight), torch.empty(weight.shape[0], weight.shape[1] // grid.block)
+    kind, out_kind = DTYPES[dtype]
+    weight = (torch.randn(SHAPES[shape]) * 0.02).to(kind)
+    out, used = torch.empty_like(weight, dtype=out_kind), torch.empty(weight.shape[0], weight.shape[1] // grid.block)
     ours = ops.FakeQuantizer(weight, None, grid, out, used)
     calls: dict[str, Callable[[], object]] = {"ours": lambda: ours(HARD)}
-    calls |= {name: lambda rival=rival: rival(weight) for name, rival in others.items()}
+    calls |= {name: lambda rival=rival: rival(weight, out_kind) for name, rival in others.items()}
     times = Stopwatch(weight.device).best(calls, rounds)
     return {f"{name} (default malloc)": times[name] / times["ours"] for name in others}
 
 
-def measure(
-    grid: Grid, shape: str, dtype: str, device: torch.device, rounds: int, others: dict[str, Callable[[Tensor], object]]
-) -> Iterator[Row]:
+def measure(grid: Grid, shape: str, dtype: str, device: torch.device, rounds: int, others: Rivals) -> Iterator[Row]:
     """Yield the figures of every operation on one tensor."""
     rows, columns = SHAPES[shape]
     watch = Stopwatch(device)
-    kind = DTYPES[dtype]
+    kind, out_kind = DTYPES[dtype]
     weight = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02).to(device, kind)
-    grad, out = torch.randn_like(weight), torch.empty_like(weight)
+    grad, out = torch.randn_like(weight, dtype=out_kind), torch.empty_like(weight, dtype=out_kind)
     scales = absmax_scales(weight.float(), grid)
     used, codes = torch.empty_like(scales), torch.empty(rows, columns, dtype=torch.int8, device=device)
     stored = scales.to(torch.float16)
     kernels = native if device.type == "cpu" else ops.cuda_kernels()
-    element, blocks = weight.element_size(), scales.numel()
-    calls: dict[str, tuple[Callable[[], object], int]] = {"copy": (lambda: out.copy_(weight), 2 * element)}
+    read, written, blocks = weight.element_size(), out.element_size(), scales.numel()
+    calls: dict[str, tuple[Callable[[], object], int]] = {"copy": (lambda: out.copy_(weight), read + written)}
     forward = ops.FakeQuantizer(weight, None, grid, out, used)  # as the trainer does it
     given = ops.FakeQuantizer(weight, scales, grid, out)
     for name, noise in FORWARDS.items():
-        calls[name] = (lambda noise=noise: forward(noise), 2 * element)
-    calls["forward, scales given"] = (lambda: given(HARD), 2 * element)
+        calls[name] = (lambda noise=noise: forward(noise), read + written)
+    calls["forward, scales given"] = (lambda: given(HARD), read + written)
     calls["backward"] = (
         lambda: ops.fake_quantize_backward(grad, weight, scales, grid, learn_scales=False),
-        3 * element,
+        read + 2 * written,
     )
     calls["backward, learned scales"] = (
         lambda: kernels.fake_quantize_backward(grad, weight, scales, grid, HARD, used),
-        3 * element,
+        read + 2 * written,
     )
-    calls["quantize"] = (lambda: kernels.quantize(weight, None, grid, codes, stored), element + 1)
-    calls["dequantize"] = (lambda: kernels.dequantize(codes, stored, grid, out), element + 1)
+    calls["quantize"] = (lambda: kernels.quantize(weight, None, grid, codes, stored), read + 1)
+    calls["dequantize"] = (lambda: kernels.dequantize(codes, stored, grid, out), written + 1)
     contenders = {name: call for name, (call, _) in calls.items()}
-    contenders |= {name: lambda rival=rival: rival(weight) for name, rival in others.items()}
+    contenders |= {name: lambda rival=rival: rival(weight, out_kind) for name, rival in others.items()}
     times = watch.best(contenders, rounds)
     copy_rate = calls["copy"][1] * weight.numel() / times["copy"] / 1e9
     for name, (_, per_element) in calls.items():
@@ -342,7 +349,7 @@ def main() -> None:
         print(f"{name:10} {fact}")
     for line in missing:
         print(f"not run    {line}")
-    print(f"\n{'shape':30} {'dtype':5} {'operation':34} {'ms':>8} {'GB/s':>7} {'of copy':>8}  times faster than")
+    print(f"\n{'shape':30} {'dtype':9} {'operation':34} {'ms':>8} {'GB/s':>7} {'of copy':>8}  times faster than")
     rows: list[Row] = []
     for shape, dtype in cases:
         for row in measure(grid, shape, dtype, device, arguments.rounds, others):
@@ -351,7 +358,7 @@ def main() -> None:
             rows.append(row)
             faster = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row.faster_than.items())
             print(
-                f"{row.shape:30} {row.dtype:5} {row.operation:34} {row.milliseconds:8.3f} "
+                f"{row.shape:30} {row.dtype:9} {row.operation:34} {row.milliseconds:8.3f} "
                 f"{row.gigabytes_per_s:7.1f} {row.copy_share:8.2f}  {faster}",
                 flush=True,
             )
