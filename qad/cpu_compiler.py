@@ -59,7 +59,7 @@ def _units(machine: str, sets: Sequence[str]) -> list[_Unit]:
     known = _sets_of(machine)
     for name in sets:
         flags = (*known[name], f"-DQAD_USE_{name.upper()}", f"-DQAD_SET={name}")
-        units += [_Unit(f"cpu/{part}.cpp", f"{part}-{name}", flags) for part in ("kernels", "divergence")]
+        units += [_Unit(f"cpu/{part}.cpp", f"{part}-{name}", flags) for part in ("kernels", "more_kernels")]
     api = {"avx512": ("-DQAD_HAVE_X86",), "neon": ("-DQAD_HAVE_NEON",)}.get(next(iter(known)), ())
     return [*units, _Unit("cpu/api.cpp", "api", api)]
 

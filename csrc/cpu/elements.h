@@ -18,9 +18,7 @@ struct Pair {
 
     Pair times(F factor) const { return {mul(first, factor), mul(second, factor)}; }
 };
-struct WordPair {
-    U first, second;
-};
+constexpr int pair = 2 * width;
 
 /* The smallest and the largest that an element of a block may become, as the words that its dtype compares: floats, or
  * two times the same half. The first is negative, the second positive. */
@@ -28,8 +26,23 @@ struct Ends {
     U low, high;
 };
 
-/* 16 random bits for each element of a pair, as words. */
-QAD_INLINE WordPair random_in_order(const uint16_t *p) { return {widen(p), widen(p + width)}; }
+/* A value moved by noise, a word over 2^32: its 16 random bits, which may be a number with a sign, and half of their lowest
+ * one. So noise is exact, and the sum is rounded once; noise is never zero, and a sum with it never -0. */
+QAD_INLINE F add_noise(F value, U word, bool with_sign) {
+    if (with_sign) return fused_add(convert(word), set(0x1p-32f), value);
+    return fused_add(convert_unsigned(word), set(1.0f / unsigned_one), value);
+}
+
+/* What comes one vector after the other, and so do its random bits once they are unpacked. */
+struct MovesInOrder {
+    static constexpr bool to_unpack = true;
+    QAD_INLINE Pair move(Pair scaled, const uint16_t *random, bool with_sign) {
+        const U half = set_words(0x80008000u);
+        U words[2];
+        unpack(load_words(random), half, words);
+        return {add_noise(scaled.first, words[0], with_sign), add_noise(scaled.second, words[1], with_sign)};
+    }
+};
 
 /* See qad_element_key. */
 QAD_INLINE U key_of(F value) { return bit_xor(rotate_left_1(bits_of(value)), set_words(1)); }
@@ -44,7 +57,7 @@ QAD_INLINE void put_words(void *p, U a, bool past) {
 
 template <int dtype> struct Elements;
 
-template <> struct Elements<QAD_F32> {
+template <> struct Elements<QAD_F32> : MovesInOrder {
     typedef float Stored;
     typedef uint32_t Key; /* what orders elements as their keys do: qad_element_key, of 16 bits for those of 16 bits */
     static constexpr Key not_finite = QAD_KEY_NOT_FINITE;
@@ -62,14 +75,14 @@ template <> struct Elements<QAD_F32> {
         store(p, keep_if(first, load(p)));
         store(p + width, keep_if(second, load(p + width)));
     }
-    QAD_INLINE WordPair random_pair(const uint16_t *p) { return random_in_order(p); }
 
     QAD_INLINE U keys_at(const float *p) { return key_of(load(p)); }
     QAD_INLINE U max_keys(U a, U b) { return max_words(a, b); }
     QAD_INLINE Key max_key(U a) { return reduce_max(a); }
-    static constexpr int per_reduction = 4; /* vectors whose largest keys are found together */
-    QAD_INLINE void max_key_of_each(Key *p, const U *v) { reduce_max_4(p, v[0], v[1], v[2], v[3]); }
-    QAD_INLINE U widen_keys(const Key *p) { return load_reduced(p); }
+    /* Vectors whose largest keys are found together: in parts, and how many of them. */
+    static constexpr int per_part = 4, parts = width / 4;
+    QAD_INLINE U partial_max_keys(const U *v) { return partial_max(v); }
+    QAD_INLINE void store_max_keys(Key *p, const U *partial) { store_words(p, finish_max(partial)); }
 };
 
 /* What bf16 and fp16 share: magnitudes that order like integers of 16 bits. */
@@ -82,8 +95,9 @@ template <typename Self> struct HalfElements {
     }
     QAD_INLINE U max_keys(U a, U b) { return max_halves(a, b); }
     QAD_INLINE Key max_key(U a) { return (Key)(reduce_max(max_halves(a, shift_left(a, 16))) >> 16); }
-    static constexpr int per_reduction = 8;
-    QAD_INLINE void max_key_of_each(Key *p, const U *v) { reduce_max_halves_8(p, v); }
+    static constexpr int per_part = 8, parts = 1;
+    QAD_INLINE U partial_max_keys(const U *v) { return partial_max_halves(v); }
+    QAD_INLINE void store_max_keys(Key *p, const U *partial) { store_max_halves(p, partial[0]); }
     /* As integers without a sign, halves with a minus are the larger ones, the more so the larger their magnitudes; as
      * integers with a sign, they are all smaller than those without. So each end is one comparison. */
     QAD_INLINE void store_pair(uint16_t *p, Pair pair, const Ends &ends, bool past) {
@@ -100,7 +114,7 @@ template <typename Self> struct HalfElements {
 template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>> {
     static constexpr Key not_finite = 0xff00u;
     QAD_INLINE U widen_keys(const Key *p) {
-        const U key = load_reduced_halves(p);
+        const U key = load_max_halves(p);
         return bit_or(shift_left(bit_and(key, set_words(0xfffeu)), 16), bit_and(key, set_words(1)));
     }
     QAD_INLINE Pair load_pair(const uint16_t *p) {
@@ -115,24 +129,38 @@ template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>> {
         const U both = load_words(p);
         store_words(p, join_halves(bits_of(keep_if(first, float_of(both))), bits_of(keep_if(second, float_of(both)))));
     }
-    QAD_INLINE WordPair random_pair(const uint16_t *p) {
-        const U both = load_words(p);
-        return {bit_and(both, set_words(0xffffu)), shift_right(both, 16)};
+    static constexpr bool to_unpack = false;
+    QAD_INLINE Pair move(Pair scaled, const uint16_t *random, bool with_sign) {
+        const U both = load_words(random), half = set_words(0x8000u);
+        return {add_noise(scaled.first, bit_or(shift_left(both, 16), half), with_sign),
+                add_noise(scaled.second, bit_or(bit_and(both, set_words(0xffff0000u)), half), with_sign)};
     }
 
 #ifdef QAD_HAS_LOOK_UP
-    /* A vector's values as memory holds them, which half of that a value is, and where in memory each half belongs of
-     * words that hold a pair, one vector in their low and the other in their high halves. */
+    /* A vector's values as memory holds them, which half of that a value is, and whether memory holds words that have
+     * the pair's one vector in their low and its other in their high halves. */
     QAD_INLINE U stored(F values) { return round_bfloat(values); }
     static int half_of(int value) { return 2 * value + 1; }
-    static int place_of(int half) { return half; }
+    static constexpr bool interleaved = true;
 #endif
 };
 
-template <> struct Elements<QAD_F16> : HalfElements<Elements<QAD_F16>> {
+/* Outputs of fp32 weights, which come one vector after the other. */
+struct BfloatInOrder : HalfElements<BfloatInOrder> {
+    QAD_INLINE void store_vector(uint16_t *p, F value) { store_bfloat(p, value); }
+    QAD_INLINE U pair_of(Pair pair) { return high_halves_of(round_bfloat(pair.first), round_bfloat(pair.second)); }
+
+#ifdef QAD_HAS_LOOK_UP
+    QAD_INLINE U stored(F values) { return round_bfloat(values); }
+    static int half_of(int value) { return 2 * value + 1; }
+    static constexpr bool interleaved = false;
+#endif
+};
+
+template <> struct Elements<QAD_F16> : HalfElements<Elements<QAD_F16>>, MovesInOrder {
     static constexpr Key not_finite = 0xf800u;
     QAD_INLINE U widen_keys(const Key *p) {
-        const U key = load_reduced_halves(p), sign = shift_left(bit_xor(bit_and(key, set_words(1)), set_words(1)), 15);
+        const U key = load_max_halves(p), sign = shift_left(bit_xor(bit_and(key, set_words(1)), set_words(1)), 15);
         uint16_t halves[width];
         narrow(halves, bit_or(shift_right(key, 1), sign));
         return key_of(load_half(halves));
@@ -143,13 +171,20 @@ template <> struct Elements<QAD_F16> : HalfElements<Elements<QAD_F16>> {
     QAD_INLINE void keep_pair_if(uint16_t *p, M first, M second) {
         store_words(p, halves_of(keep_if(first, load_half(p)), keep_if(second, load_half(p + width))));
     }
-    QAD_INLINE WordPair random_pair(const uint16_t *p) { return random_in_order(p); }
 
 #ifdef QAD_HAS_LOOK_UP
     QAD_INLINE U stored(F values) { return round_half(values); }
     static int half_of(int value) { return value; }
-    static int place_of(int half) { return half / 2 + half % 2 * width; }
+    static constexpr bool interleaved = false;
 #endif
+};
+
+/* How to store what was loaded as Elements<in>. */
+template <int in, int out> struct Outputs {
+    typedef Elements<out> Type;
+};
+template <> struct Outputs<QAD_F32, QAD_BF16> {
+    typedef BfloatInOrder Type;
 };
 
 QAD_INLINE int size_of(int dtype) { return dtype == QAD_F32 ? 4 : 2; }
@@ -172,11 +207,6 @@ QAD_CALLED void store_elements(void *to, int dtype, int64_t first, int count, co
         for (int i = 0; i < count; i += width) store_bfloat(target + i, load(buffer + i));
     else
         for (int i = 0; i < count; i += width) store_half(target + i, load(buffer + i));
-}
-
-/* Copy whole vectors past the caches, to an address that is a multiple of a vector's size. */
-QAD_CALLED void stream_out(void *to, const void *from, int bytes) {
-    for (int i = 0; i < bytes; i += 4 * width) stream_words((char *)to + i, load_words((const char *)from + i));
 }
 
 } // namespace

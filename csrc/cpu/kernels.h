@@ -50,12 +50,16 @@ struct qad_kernels {
     void (*divergence)(const qad_divergence_job *job, int64_t begin, int64_t end);
 };
 
-#define QAD_ROWS(set) void qad_divergence_rows_##set(const qad_divergence_job *job, int64_t begin, int64_t end)
+/* See more_kernels.cpp. */
+#define QAD_PARTS(set)                                                                                                 \
+    void qad_divergence_rows_##set(const qad_divergence_job *job, int64_t begin, int64_t end);                         \
+    int64_t qad_fake_quantize_halves_##set(const qad_fake_quantize_job *job, int64_t begin, int64_t end);              \
+    int64_t qad_mask_halves_##set(const qad_fake_quantize_job *job, int64_t begin, int64_t end)
 extern "C" {
-QAD_ROWS(portable);
-QAD_ROWS(avx2);
-QAD_ROWS(avx512);
-QAD_ROWS(neon);
+QAD_PARTS(portable);
+QAD_PARTS(avx2);
+QAD_PARTS(avx512);
+QAD_PARTS(neon);
 }
 
 #endif

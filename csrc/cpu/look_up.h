@@ -20,13 +20,13 @@ QAD_INLINE int code_from(int bits, const qad_grid &grid) {
     return code < grid.code_min ? grid.code_min : code > grid.code_max ? grid.code_max : code;
 }
 
-template <int dtype> struct LookUp {
-    typedef Elements<dtype> E;
+/* Of elements that are stored as E does it. */
+template <typename E> struct LookUp {
     typedef U Table;
 
     F codes;
     U halves; /* which half of the products a sum means */
-    U order;  /* of a pair's halves in memory */
+    U order;  /* of a pair's halves in memory, one vector after the other */
 
     explicit LookUp(const qad_grid &grid) {
         float all[width];
@@ -34,7 +34,7 @@ template <int dtype> struct LookUp {
         for (int i = 0; i < width; ++i) all[i] = (float)(grid.code_min + i);
         for (int i = 0; i < table_size; ++i) {
             half[i] = (uint16_t)E::half_of(code_from(i, grid) - grid.code_min);
-            place[E::place_of(i)] = (uint16_t)i;
+            place[i / 2 + i % 2 * width] = (uint16_t)i;
         }
         codes = load(all);
         halves = load_words(half);
@@ -46,11 +46,11 @@ template <int dtype> struct LookUp {
     }
     QAD_MEMBER void store_pair(uint16_t *p, Table table, F first, F second, bool past) const {
         const U stored = look_up_halves(table, join_halves(bits_of(first), shift_left(bits_of(second), 16)));
-        put_words(p, dtype == QAD_BF16 ? stored : look_up_halves(stored, order), past);
+        put_words(p, E::interleaved ? stored : look_up_halves(stored, order), past);
     }
 };
 
-template <> struct LookUp<QAD_F32> {
+template <> struct LookUp<Elements<QAD_F32>> {
     struct Table {
         F low, high;
     };

@@ -9,16 +9,22 @@
 
 namespace {
 
-/* What is the same for all calls of a stream. Of the first two rounds, only one product each differs between calls. */
+/* What is the same for all calls of a stream. Of the first two rounds, only one product each differs between calls. The
+ * last round's keys are in the high words; what is in their low words flips bits of what the call gives. */
 struct Random {
     D keys[2 * QAD_PHILOX_ROUNDS];
     D first, second, third, fourth; /* what those rounds combine it with; the last is a word as it is */
 
-    QAD_CALLED_MEMBER Random(uint32_t seed_low, uint32_t seed_high, uint32_t tensor, uint32_t step, uint32_t stream) {
+    /* With a sign, 16 bits are the number that they are without one less 2^15: their highest bit is flipped. */
+    QAD_CALLED_MEMBER Random(uint32_t seed_low, uint32_t seed_high, uint32_t tensor, uint32_t step, uint32_t stream,
+                             bool with_sign = false) {
         for (int round = 0; round < QAD_PHILOX_ROUNDS; ++round) {
             keys[2 * round] = set_long(seed_low + (uint32_t)round * QAD_PHILOX_WEYL_0);
             keys[2 * round + 1] = set_long(seed_high + (uint32_t)round * QAD_PHILOX_WEYL_1);
         }
+        const uint64_t signs = with_sign ? 0x8000800080008000u : 0;
+        for (D *last = keys + 2 * (QAD_PHILOX_ROUNDS - 1); last < keys + 2 * QAD_PHILOX_ROUNDS; ++last)
+            *last = xor_2(low_as_high(*last), set_long(signs));
         const uint64_t by_step = (uint64_t)step * QAD_PHILOX_MULTIPLIER_1;
         const uint32_t word = (uint32_t)(by_step >> 32) ^ tensor ^ seed_low;
         const uint64_t by_word = (uint64_t)word * QAD_PHILOX_MULTIPLIER_0;
@@ -38,11 +44,13 @@ constexpr int calls_per_chunk = chunk / 8; /* each serves 8 elements */
 /* The first product of a call, which is 64 bits long: that of a sum is a sum, so that it costs no multiplication. */
 constexpr uint64_t product_of_call(uint64_t call) { return call * QAD_PHILOX_MULTIPLIER_0; }
 
-/* Fill out with 16 random bits for each element of some chunks. The calls that serve them begin at `first` plus those
- * whose products are given. Both buffers must have room for a multiple of 8 chunks. */
+/* Fill out with 16 random bits for each element of some chunks, in order or so that unpack brings them in order. The calls
+ * that serve them begin at `first` plus those whose products are given. Both buffers must have room for a multiple of 8
+ * chunks. */
+template <bool to_unpack>
 QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint64_t *products, int chunks, const Random &random) {
     const D multiplier_0 = set_long(QAD_PHILOX_MULTIPLIER_0), multiplier_1 = set_long(QAD_PHILOX_MULTIPLIER_1);
-    const D start = mul_low_words(add_long(set_long(first), calls_in_chunk()), multiplier_0);
+    const D start = mul_low_words(add_long(set_long(first), calls_in_chunk<to_unpack>()), multiplier_0);
     for (int vector = 0; vector * 4 * width < chunks * chunk; vector += lanes_of_calls) {
         D words[lanes_of_calls][4];
 #pragma GCC unroll 4
@@ -67,14 +75,14 @@ QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint64_t *produ
                 c[3] = product_0;
             }
         }
-        /* The last round's products hold the words in pairs, but for their order. */
+        /* The last round's products hold the words in pairs, the second one in the low word. */
         const D *last = random.keys + 2 * (QAD_PHILOX_ROUNDS - 1);
 #pragma GCC unroll 4
         for (int lane = 0; lane < lanes_of_calls; ++lane) {
             const D *c = words[lane];
             const D product_0 = mul_low_words(c[0], multiplier_0), product_1 = mul_low_words(c[2], multiplier_1);
-            interleave(out + 4 * width * (vector + lane), xor_low_words(swap_words(product_1), c[1], last[0]),
-                       xor_low_words(swap_words(product_0), c[3], last[1]));
+            interleave<to_unpack>(out + 4 * width * (vector + lane), xor_3(product_1, low_as_high(c[1]), last[0]),
+                                  xor_3(product_0, low_as_high(c[3]), last[1]));
         }
     }
 }

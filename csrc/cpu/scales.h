@@ -44,16 +44,23 @@ template <int dtype>
 QAD_INLINE void find_largest(const typename Elements<dtype>::Stored *values, int blocks, int block, const char *to_write,
                              typename Elements<dtype>::Key *keys) {
     typedef Elements<dtype> E;
-    constexpr int side_by_side = E::per_reduction;
+    constexpr int side_by_side = E::per_part * E::parts;
     int b = 0;
     for (; b + side_by_side <= blocks; b += side_by_side) {
-        U largest[side_by_side];
+        U partial[E::parts];
         if (to_write)
             for (int i = 0; i < side_by_side * block; i += chunk)
                 ask<typename E::Stored>(to_write, b * block + i, true);
+        const typename E::Stored *of = values + b * block;
+#pragma GCC unroll 4
+        for (int k = 0; k < E::parts; ++k) {
+            U largest[E::per_part];
 #pragma GCC unroll 8
-        for (int i = 0; i < side_by_side; ++i) largest[i] = largest_keys<dtype>(values + (b + i) * block, block);
-        E::max_key_of_each(keys + b, largest);
+            for (int i = 0; i < E::per_part; ++i) largest[i] = largest_keys<dtype>(of + i * block, block);
+            partial[k] = E::partial_max_keys(largest);
+            of += E::per_part * block;
+        }
+        E::store_max_keys(keys + b, partial);
     }
     for (; b < blocks; ++b) keys[b] = E::max_key(largest_keys<dtype>(values + b * block, block));
 }
@@ -62,13 +69,16 @@ QAD_INLINE void find_largest(const typename Elements<dtype>::Stored *values, int
 template <int dtype>
 QAD_CALLED void find_keys(const typename Elements<dtype>::Stored *values, int blocks, int block, const char *to_write,
                           uint32_t *keys) {
-    typename Elements<dtype>::Key largest[most_blocks + width];
+    typedef typename Elements<dtype>::Key Key;
+    Key narrow[most_blocks + width], *largest = narrow;
+    if constexpr (sizeof(Key) == 4) largest = keys;
     if (block == 32) /* the most common, as a constant */
         find_largest<dtype>(values, blocks, 32, to_write, largest);
     else
         find_largest<dtype>(values, blocks, block, to_write, largest);
     for (int b = blocks; b % width; ++b) largest[b] = 0;
-    for (int b = 0; b < blocks; b += width) store_words(keys + b, Elements<dtype>::widen_keys(largest + b));
+    if constexpr (sizeof(Key) != 4)
+        for (int b = 0; b < blocks; b += width) store_words(keys + b, Elements<dtype>::widen_keys(largest + b));
 }
 
 template <int dtype> QAD_INLINE bool all_finite(const typename Elements<dtype>::Stored *values, int count) {
@@ -107,7 +117,8 @@ QAD_CALLED void find_scales(const uint32_t *keys, const float *given, int blocks
         for (int b = blocks; b % width; ++b) padded[b] = 1.0f;
     }
     const float end = (float)(grid.signed_scale ? grid.code_min : grid.code_max);
-    const bool power_of_two = end == -8.0f || end == -128.0f; /* a product is the quotient, and faster */
+    /* Where a product is the quotient, which is faster. */
+    const float factor = end == -8.0f ? -0x1p-3f : end == -128.0f ? -0x1p-7f : 0.0f;
     const F zero = set(0.0f), nan = float_of(set_words(quiet_nan));
     U largest = set_words(0);
     for (int b = 0; b < blocks; b += width) {
@@ -121,7 +132,7 @@ QAD_CALLED void find_scales(const uint32_t *keys, const float *given, int blocks
             U bits = shift_right(key, 1);
             if (grid.signed_scale) bits = bit_or(bits, sign);
             const F extreme = float_of(bits);
-            scale = round_scales(power_of_two ? mul(extreme, set(1.0f / end)) : div(extreme, set(end)), grid);
+            scale = round_scales(factor != 0 ? mul(extreme, set(factor)) : div(extreme, set(end)), grid);
             /* An infinity minus itself is a NaN. */
             scale = choose(less_equal(sub(extreme, extreme), zero), scale, nan);
         }

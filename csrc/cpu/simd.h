@@ -6,10 +6,15 @@
  *
  * F: `width` floats. U: as many 32-bit words. D: width / 2 words of 64 bits. M: a comparison's result.
  * max_of(a, b) and min_of(a, b) return b if either is NaN. No operation contracts a product and a sum unless it says so.
- * "Halves" are the 16-bit halves of words; join_halves takes the low ones of one and the high ones of the other vector.
+ * "Halves" are the 16-bit halves of words; join_halves takes the low ones of one and the high ones of the other vector,
+ * high_halves_of the high ones of one and then of the other.
+ * partial_max takes four vectors, finish_max width / 4 of what that gives: the largest word of each of `width` vectors.
+ * partial_max_halves takes eight, and store_max_halves what that gives; load_max_halves widens `width` of them.
  * calls_in_chunk are a vector's calls of the random generator, counted from their chunk's first, in the order that
- * interleave needs; spread_chunks gives each what is given for its chunk, and adds `step` for each call that a vector in
- * the middle of a chunk begins after.
+ * interleave needs, which is given pairs of words, the later one low; spread_chunks gives each what is given for its
+ * chunk, and adds `step` for each call that a vector in the middle of a chunk begins after. unpack puts halves above
+ * others, into two vectors of words; those of a chunk that was stored to_unpack come in order.
+ * convert_unsigned takes multiples of 2^15, and gives their share of 2^32 times unsigned_one.
  * Where can_stream, stream_words stores past the caches, to an address that is a multiple of a vector's size; after the
  * last comes end_of_stream.
  */
@@ -66,6 +71,8 @@ QAD_INLINE F min_of(F a, F b) { return _mm512_min_ps(a, b); }
 QAD_INLINE U bits_of(F a) { return _mm512_castps_si512(a); }
 QAD_INLINE F float_of(U a) { return _mm512_castsi512_ps(a); }
 QAD_INLINE F convert(U a) { return _mm512_cvtepi32_ps(a); }
+QAD_INLINE F convert_unsigned(U a) { return _mm512_cvtepu32_ps(a); }
+constexpr float unsigned_one = 0x1p32f;
 QAD_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
 QAD_INLINE U bit_or(U a, U b) { return _mm512_or_si512(a, b); }
 QAD_INLINE U bit_xor(U a, U b) { return _mm512_xor_si512(a, b); }
@@ -105,36 +112,36 @@ QAD_INLINE M both(M a, M b) { return (M)(a & b); }
 QAD_INLINE F keep_if(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
 QAD_INLINE F choose(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
 QAD_INLINE uint32_t reduce_max(U a) { return _mm512_reduce_max_epu32(a); }
-QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
-    a = _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    c = _mm512_max_epu32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    a = _mm512_max_epu32(_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c));
-    const __m256i half = _mm256_max_epu32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
-    _mm_storeu_si128((__m128i *)p, _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+QAD_INLINE U partial_max(const U *v) {
+    const U a = _mm512_max_epu32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const U b = _mm512_max_epu32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    return _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
-/* Read what was stored by these two, in their pieces: the processor would not pass on a larger one before all of it has
- * reached the cache. */
-QAD_INLINE U load_reduced(const uint32_t *p) {
-    const __m128i *parts = (const __m128i *)p;
-    U a = _mm512_castsi128_si512(_mm_loadu_si128(parts));
-    a = _mm512_inserti32x4(a, _mm_loadu_si128(parts + 1), 1);
-    a = _mm512_inserti32x4(a, _mm_loadu_si128(parts + 2), 2);
-    return _mm512_inserti32x4(a, _mm_loadu_si128(parts + 3), 3);
+QAD_INLINE U finish_max(const U *partial) {
+    U half[2];
+    for (int i = 0; i < 2; ++i) {
+        const U a = partial[2 * i], b = partial[2 * i + 1];
+        half[i] = _mm512_max_epu32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xee));
+    }
+    return _mm512_max_epu32(_mm512_shuffle_i64x2(half[0], half[1], 0x88), _mm512_shuffle_i64x2(half[0], half[1], 0xdd));
 }
-QAD_INLINE U load_reduced_halves(const uint16_t *p) {
-    const __m128i *parts = (const __m128i *)p;
-    const __m256i a = _mm256_castsi128_si256(_mm_loadu_si128(parts));
-    return _mm512_cvtepu16_epi32(_mm256_inserti128_si256(a, _mm_loadu_si128(parts + 1), 1));
-}
-QAD_INLINE void reduce_max_halves_8(uint16_t *p, const U *v) {
+QAD_INLINE U partial_max_halves(const U *v) {
     U a[4], b[2];
     for (int i = 0; i < 4; ++i)
         a[i] = max_halves(_mm512_unpacklo_epi16(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi16(v[2 * i], v[2 * i + 1]));
     for (int i = 0; i < 2; ++i)
         b[i] = max_halves(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
-    const U all = max_halves(_mm512_unpacklo_epi64(b[0], b[1]), _mm512_unpackhi_epi64(b[0], b[1]));
-    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return max_halves(_mm512_unpacklo_epi64(b[0], b[1]), _mm512_unpackhi_epi64(b[0], b[1]));
+}
+QAD_INLINE void store_max_halves(uint16_t *p, U partial) {
+    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(partial), _mm512_extracti64x4_epi64(partial, 1));
     _mm_storeu_si128((__m128i *)p, _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+/* In the pieces that were stored: the processor would not pass on a larger one before all of it has reached the cache. */
+QAD_INLINE U load_max_halves(const uint16_t *p) {
+    const __m128i *pieces = (const __m128i *)p;
+    const __m256i all = _mm256_castsi128_si256(_mm_loadu_si128(pieces));
+    return _mm512_cvtepu16_epi32(_mm256_inserti128_si256(all, _mm_loadu_si128(pieces + 1), 1));
 }
 QAD_INLINE float fold(F a) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a),
@@ -144,6 +151,10 @@ QAD_INLINE float fold(F a) {
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 QAD_INLINE U widen(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+QAD_INLINE void unpack(U high, U low, U *words) {
+    words[0] = _mm512_unpacklo_epi16(low, high);
+    words[1] = _mm512_unpackhi_epi16(low, high);
+}
 QAD_INLINE void narrow(uint16_t *p, U a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a)); }
 /* The high halves of the words. */
 QAD_INLINE void narrow_high(uint16_t *p, U a) {
@@ -158,6 +169,12 @@ QAD_INLINE void store_half(uint16_t *p, F a) {
 QAD_INLINE U halves_of(F a, F b) {
     return _mm512_inserti64x4(round_half(a), _mm512_castsi512_si256(round_half(b)), 1);
 }
+/* The high halves of a's words, then of b's. */
+QAD_INLINE U high_halves_of(U a, U b) {
+    const __m512i high = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
+                                          21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(a, high, b);
+}
 QAD_INLINE F load_codes(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
@@ -167,19 +184,21 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 
 QAD_INLINE D set_long(uint64_t a) { return _mm512_set1_epi64((long long)a); }
 QAD_INLINE D add_long(D a, D b) { return _mm512_add_epi64(a, b); }
-QAD_INLINE D calls_in_chunk() { return _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3); }
+template <bool to_unpack> QAD_INLINE D calls_in_chunk() { return _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3); }
 QAD_INLINE D spread_chunks(const uint64_t *p, int vector, uint64_t) {
     return _mm512_broadcast_i64x2(_mm_loadu_si128((const __m128i *)(p + 2 * vector)));
 }
 QAD_INLINE D mul_low_words(D a, D b) { return _mm512_mul_epu32(a, b); }
 QAD_INLINE D high_word(D a) { return _mm512_srli_epi64(a, 32); }
+QAD_INLINE D low_as_high(D a) { return _mm512_slli_epi64(a, 32); }
 QAD_INLINE D xor_2(D a, D b) { return _mm512_xor_si512(a, b); }
 QAD_INLINE D xor_3(D a, D b, D c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
-QAD_INLINE D swap_words(D a) { return _mm512_rol_epi64(a, 32); }
-QAD_INLINE D xor_low_words(D a, D b, D c) { return _mm512_mask_ternarylogic_epi32(a, 0x5555, b, c, 0x96); }
-QAD_INLINE void interleave(uint16_t *p, D first, D second) {
-    _mm512_storeu_si512(p, _mm512_unpacklo_epi64(first, second));
-    _mm512_storeu_si512(p + 32, _mm512_unpackhi_epi64(first, second));
+template <bool to_unpack> QAD_INLINE void interleave(uint16_t *p, D first, D second) {
+    const __m512i packed = _mm512_setr_epi32(1, 0, 9, 8, 17, 16, 25, 24, 5, 4, 13, 12, 21, 20, 29, 28);
+    const __m512i in_order = _mm512_setr_epi32(1, 0, 17, 16, 5, 4, 21, 20, 9, 8, 25, 24, 13, 12, 29, 28);
+    const __m512i chunk_0 = to_unpack ? packed : in_order, chunk_1 = _mm512_add_epi32(chunk_0, set_words(2));
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi32(first, chunk_0, second));
+    _mm512_storeu_si512(p + 32, _mm512_permutex2var_epi32(first, chunk_1, second));
 }
 
 #elif defined(QAD_USE_AVX2)
@@ -210,6 +229,8 @@ QAD_INLINE F min_of(F a, F b) { return _mm256_min_ps(a, b); }
 QAD_INLINE U bits_of(F a) { return _mm256_castps_si256(a); }
 QAD_INLINE F float_of(U a) { return _mm256_castsi256_ps(a); }
 QAD_INLINE F convert(U a) { return _mm256_cvtepi32_ps(a); }
+QAD_INLINE F convert_unsigned(U a) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(a, 1)); }
+constexpr float unsigned_one = 0x1p31f;
 QAD_INLINE U bit_and(U a, U b) { return _mm256_and_si256(a, b); }
 QAD_INLINE U bit_or(U a, U b) { return _mm256_or_si256(a, b); }
 QAD_INLINE U bit_xor(U a, U b) { return _mm256_xor_si256(a, b); }
@@ -233,20 +254,26 @@ QAD_INLINE uint32_t reduce_max(U a) {
     half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
-QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
-    a = _mm256_max_epu32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-    c = _mm256_max_epu32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-    a = _mm256_max_epu32(_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c));
-    _mm_storeu_si128((__m128i *)p, _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
+QAD_INLINE U partial_max(const U *v) {
+    const U a = _mm256_max_epu32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+    const U b = _mm256_max_epu32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+    return _mm256_max_epu32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
-QAD_INLINE void reduce_max_halves_8(uint16_t *p, const U *v) {
+QAD_INLINE U finish_max(const U *partial) {
+    const U a = partial[0], b = partial[1];
+    return _mm256_max_epu32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+QAD_INLINE U partial_max_halves(const U *v) {
     U a[4], b[2];
     for (int i = 0; i < 4; ++i)
         a[i] = max_halves(_mm256_unpacklo_epi16(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_epi16(v[2 * i], v[2 * i + 1]));
     for (int i = 0; i < 2; ++i)
         b[i] = max_halves(_mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
-    const U all = max_halves(_mm256_unpacklo_epi64(b[0], b[1]), _mm256_unpackhi_epi64(b[0], b[1]));
-    _mm_storeu_si128((__m128i *)p, _mm_max_epu16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+    return max_halves(_mm256_unpacklo_epi64(b[0], b[1]), _mm256_unpackhi_epi64(b[0], b[1]));
+}
+QAD_INLINE void store_max_halves(uint16_t *p, U partial) {
+    _mm_storeu_si128((__m128i *)p,
+                     _mm_max_epu16(_mm256_castsi256_si128(partial), _mm256_extracti128_si256(partial, 1)));
 }
 QAD_INLINE float fold(F a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -254,6 +281,10 @@ QAD_INLINE float fold(F a) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 QAD_INLINE U widen(const uint16_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+QAD_INLINE void unpack(U high, U low, U *words) {
+    words[0] = _mm256_unpacklo_epi16(low, high);
+    words[1] = _mm256_unpackhi_epi16(low, high);
+}
 QAD_INLINE void narrow(uint16_t *p, U a) {
     const __m256i packed = _mm256_packus_epi32(a, a);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
@@ -267,6 +298,9 @@ QAD_INLINE U halves_of(F a, F b) {
     return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
                             _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+QAD_INLINE U high_halves_of(U a, U b) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16)), 0xd8);
+}
 QAD_INLINE F load_codes(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
@@ -278,17 +312,20 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 
 QAD_INLINE D set_long(uint64_t a) { return _mm256_set1_epi64x((long long)a); }
 QAD_INLINE D add_long(D a, D b) { return _mm256_add_epi64(a, b); }
-QAD_INLINE D calls_in_chunk() { return _mm256_setr_epi64x(0, 2, 1, 3); }
+template <bool to_unpack> QAD_INLINE D calls_in_chunk() {
+    return to_unpack ? _mm256_setr_epi64x(0, 1, 2, 3) : _mm256_setr_epi64x(0, 2, 1, 3);
+}
 QAD_INLINE D spread_chunks(const uint64_t *p, int vector, uint64_t) { return set_long(p[vector]); }
 QAD_INLINE D mul_low_words(D a, D b) { return _mm256_mul_epu32(a, b); }
 QAD_INLINE D high_word(D a) { return _mm256_srli_epi64(a, 32); }
+QAD_INLINE D low_as_high(D a) { return _mm256_slli_epi64(a, 32); }
 QAD_INLINE D xor_2(D a, D b) { return _mm256_xor_si256(a, b); }
 QAD_INLINE D xor_3(D a, D b, D c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-QAD_INLINE D swap_words(D a) { return _mm256_shuffle_epi32(a, 0xb1); }
-QAD_INLINE D xor_low_words(D a, D b, D c) { return _mm256_blend_epi32(a, xor_3(a, b, c), 0x55); }
-QAD_INLINE void interleave(uint16_t *p, D first, D second) {
-    _mm256_storeu_si256((__m256i *)p, _mm256_unpacklo_epi64(first, second));
-    _mm256_storeu_si256((__m256i *)(p + 16), _mm256_unpackhi_epi64(first, second));
+template <bool to_unpack> QAD_INLINE void interleave(uint16_t *p, D first, D second) {
+    first = _mm256_shuffle_epi32(first, 0xb1);
+    second = _mm256_shuffle_epi32(second, 0xb1);
+    store_words(p, to_unpack ? _mm256_permute2x128_si256(first, second, 0x20) : _mm256_unpacklo_epi64(first, second));
+    store_words(p + 16, to_unpack ? _mm256_permute2x128_si256(first, second, 0x31) : _mm256_unpackhi_epi64(first, second));
 }
 
 #elif defined(QAD_USE_NEON)
@@ -319,6 +356,8 @@ QAD_INLINE F min_of(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 QAD_INLINE U bits_of(F a) { return vreinterpretq_u32_f32(a); }
 QAD_INLINE F float_of(U a) { return vreinterpretq_f32_u32(a); }
 QAD_INLINE F convert(U a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
+QAD_INLINE F convert_unsigned(U a) { return vcvtq_f32_u32(a); }
+constexpr float unsigned_one = 0x1p32f;
 QAD_INLINE U bit_and(U a, U b) { return vandq_u32(a, b); }
 QAD_INLINE U bit_or(U a, U b) { return vorrq_u32(a, b); }
 QAD_INLINE U bit_xor(U a, U b) { return veorq_u32(a, b); }
@@ -347,27 +386,34 @@ QAD_INLINE M both(M a, M b) { return vandq_u32(a, b); }
 QAD_INLINE F keep_if(M m, F a) { return float_of(vandq_u32(m, bits_of(a))); }
 QAD_INLINE F choose(M m, F a, F b) { return vbslq_f32(m, a, b); }
 QAD_INLINE uint32_t reduce_max(U a) { return vmaxvq_u32(a); }
-QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
-    vst1q_u32(p, vpmaxq_u32(vpmaxq_u32(a, b), vpmaxq_u32(c, d)));
-}
-QAD_INLINE void reduce_max_halves_8(uint16_t *p, const U *v) {
+QAD_INLINE U partial_max(const U *v) { return vpmaxq_u32(vpmaxq_u32(v[0], v[1]), vpmaxq_u32(v[2], v[3])); }
+QAD_INLINE U finish_max(const U *partial) { return partial[0]; }
+QAD_INLINE U partial_max_halves(const U *v) {
     uint16x8_t a[8];
     for (int i = 0; i < 8; ++i) a[i] = vreinterpretq_u16_u32(v[i]);
     for (int left = 4; left; left /= 2)
         for (int i = 0; i < left; ++i) a[i] = vpmaxq_u16(a[2 * i], a[2 * i + 1]);
-    vst1q_u16(p, a[0]);
+    return vreinterpretq_u32_u16(a[0]);
 }
+QAD_INLINE void store_max_halves(uint16_t *p, U partial) { store_words(p, partial); }
 QAD_INLINE float fold(F a) {
     const float32x2_t half = vadd_f32(vget_low_f32(a), vget_high_f32(a));
     return vget_lane_f32(half, 0) + vget_lane_f32(half, 1);
 }
 QAD_INLINE U widen(const uint16_t *p) { return vmovl_u16(vld1_u16(p)); }
+QAD_INLINE void unpack(U high, U low, U *words) {
+    words[0] = vreinterpretq_u32_u16(vzip1q_u16(vreinterpretq_u16_u32(low), vreinterpretq_u16_u32(high)));
+    words[1] = vreinterpretq_u32_u16(vzip2q_u16(vreinterpretq_u16_u32(low), vreinterpretq_u16_u32(high)));
+}
 QAD_INLINE void narrow(uint16_t *p, U a) { vst1_u16(p, vmovn_u32(a)); }
 QAD_INLINE void narrow_high(uint16_t *p, U a) { vst1_u16(p, vshrn_n_u32(a, 16)); }
 QAD_INLINE F load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 QAD_INLINE void store_half(uint16_t *p, F a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
 QAD_INLINE U halves_of(F a, F b) {
     return vreinterpretq_u32_f16(vcombine_f16(vcvt_f16_f32(a), vcvt_f16_f32(b)));
+}
+QAD_INLINE U high_halves_of(U a, U b) {
+    return vreinterpretq_u32_u16(vuzp2q_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b)));
 }
 QAD_INLINE F load_codes(const int8_t *p) {
     int32_t packed;
@@ -384,19 +430,19 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 
 QAD_INLINE D set_long(uint64_t a) { return vdupq_n_u64(a); }
 QAD_INLINE D add_long(D a, D b) { return vaddq_u64(a, b); }
-QAD_INLINE D calls_in_chunk() { return vcombine_u64(vcreate_u64(0), vcreate_u64(1)); }
+template <bool to_unpack> QAD_INLINE D calls_in_chunk() { return vcombine_u64(vcreate_u64(0), vcreate_u64(1)); }
 QAD_INLINE D spread_chunks(const uint64_t *p, int vector, uint64_t step) {
     return set_long(p[vector / 2] + (uint64_t)(vector % 2) * 2 * step);
 }
 QAD_INLINE D mul_low_words(D a, D b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
 QAD_INLINE D high_word(D a) { return vshrq_n_u64(a, 32); }
+QAD_INLINE D low_as_high(D a) { return vshlq_n_u64(a, 32); }
 QAD_INLINE D xor_2(D a, D b) { return veorq_u64(a, b); }
 QAD_INLINE D xor_3(D a, D b, D c) { return veorq_u64(veorq_u64(a, b), c); }
-QAD_INLINE D swap_words(D a) { return vreinterpretq_u64_u32(vrev64q_u32(vreinterpretq_u32_u64(a))); }
-QAD_INLINE D xor_low_words(D a, D b, D c) { return vbslq_u64(vdupq_n_u64(0xffffffffu), xor_3(a, b, c), a); }
-QAD_INLINE void interleave(uint16_t *p, D first, D second) {
-    vst1q_u16(p, vreinterpretq_u16_u64(vzip1q_u64(first, second)));
-    vst1q_u16(p + 8, vreinterpretq_u16_u64(vzip2q_u64(first, second)));
+template <bool to_unpack> QAD_INLINE void interleave(uint16_t *p, D first, D second) {
+    const uint32x4_t a = vrev64q_u32(vreinterpretq_u32_u64(first)), b = vrev64q_u32(vreinterpretq_u32_u64(second));
+    store_words(p, vreinterpretq_u32_u64(vzip1q_u64(vreinterpretq_u64_u32(a), vreinterpretq_u64_u32(b))));
+    store_words(p + 8, vreinterpretq_u32_u64(vzip2q_u64(vreinterpretq_u64_u32(a), vreinterpretq_u64_u32(b))));
 }
 
 #else /* any machine: the compiler's own vectors of four lanes */
@@ -438,6 +484,8 @@ QAD_INLINE F floor_of(F a) {
 QAD_INLINE F max_of(F a, F b) { return choose((U)(a > b), a, b); }
 QAD_INLINE F min_of(F a, F b) { return choose((U)(a < b), a, b); }
 QAD_INLINE F convert(U a) { return __builtin_convertvector((Signed)a, F); }
+QAD_INLINE F convert_unsigned(U a) { return convert(a >> 1); }
+constexpr float unsigned_one = 0x1p31f;
 QAD_INLINE U bit_and(U a, U b) { return a & b; }
 QAD_INLINE U bit_or(U a, U b) { return a | b; }
 QAD_INLINE U bit_xor(U a, U b) { return a ^ b; }
@@ -458,20 +506,30 @@ QAD_INLINE uint32_t reduce_max(U a) {
     const uint32_t low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];
     return low > high ? low : high;
 }
-QAD_INLINE void reduce_max_4(uint32_t *p, U a, U b, U c, U d) {
-    p[0] = reduce_max(a);
-    p[1] = reduce_max(b);
-    p[2] = reduce_max(c);
-    p[3] = reduce_max(d);
+QAD_INLINE U partial_max(const U *v) { return U{reduce_max(v[0]), reduce_max(v[1]), reduce_max(v[2]), reduce_max(v[3])}; }
+QAD_INLINE U finish_max(const U *partial) { return partial[0]; }
+QAD_INLINE U partial_max_halves(const U *v) {
+    uint16_t largest[8];
+    for (int i = 0; i < 8; ++i) largest[i] = (uint16_t)(reduce_max(max_halves(v[i], v[i] << 16)) >> 16);
+    return load_words(largest);
 }
-QAD_INLINE void reduce_max_halves_8(uint16_t *p, const U *v) {
-    for (int i = 0; i < 8; ++i) p[i] = (uint16_t)(reduce_max(max_halves(v[i], v[i] << 16)) >> 16);
-}
+QAD_INLINE void store_max_halves(uint16_t *p, U partial) { store_words(p, partial); }
 QAD_INLINE float fold(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 QAD_INLINE U widen(const uint16_t *p) {
     uint16_t four[4];
     memcpy(four, p, sizeof four);
     return U{four[0], four[1], four[2], four[3]};
+}
+QAD_INLINE void unpack(U high, U low, U *words) {
+    uint16_t all[8], under[8], both[16];
+    store_words(all, high);
+    store_words(under, low);
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t word = (uint32_t)all[i] << 16 | under[i];
+        memcpy(both + 2 * i, &word, 4);
+    }
+    words[0] = load_words(both);
+    words[1] = load_words(both + 8);
 }
 QAD_INLINE void narrow(uint16_t *p, U a) {
     const uint16_t four[4] = {(uint16_t)a[0], (uint16_t)a[1], (uint16_t)a[2], (uint16_t)a[3]};
@@ -502,6 +560,12 @@ QAD_INLINE U halves_of(F a, F b) {
     store_half(halves + 4, b);
     return load_words(halves);
 }
+QAD_INLINE U high_halves_of(U a, U b) {
+    uint16_t halves[8];
+    narrow_high(halves, a);
+    narrow_high(halves + 4, b);
+    return load_words(halves);
+}
 QAD_INLINE F load_codes(const int8_t *p) { return F{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
 QAD_INLINE void store_codes(int8_t *p, F a) {
     for (int i = 0; i < 4; ++i) p[i] = (int8_t)(int32_t)a[i];
@@ -509,7 +573,7 @@ QAD_INLINE void store_codes(int8_t *p, F a) {
 
 QAD_INLINE D set_long(uint64_t a) { return D{a, a}; }
 QAD_INLINE D add_long(D a, D b) { return a + b; }
-QAD_INLINE D calls_in_chunk() { return D{0, 1}; }
+template <bool to_unpack> QAD_INLINE D calls_in_chunk() { return D{0, 1}; }
 QAD_INLINE D spread_chunks(const uint64_t *p, int vector, uint64_t step) {
     return set_long(p[vector / 2] + (uint64_t)(vector % 2) * 2 * step);
 }
@@ -517,14 +581,13 @@ QAD_INLINE D mul_low_words(D a, D b) {
     return D{(a[0] & 0xffffffffu) * (b[0] & 0xffffffffu), (a[1] & 0xffffffffu) * (b[1] & 0xffffffffu)};
 }
 QAD_INLINE D high_word(D a) { return a >> 32; }
+QAD_INLINE D low_as_high(D a) { return a << 32; }
 QAD_INLINE D xor_2(D a, D b) { return a ^ b; }
 QAD_INLINE D xor_3(D a, D b, D c) { return a ^ b ^ c; }
-QAD_INLINE D swap_words(D a) { return a << 32 | a >> 32; }
-QAD_INLINE D xor_low_words(D a, D b, D c) { return a ^ ((b ^ c) & 0xffffffffu); }
-QAD_INLINE void interleave(uint16_t *p, D first, D second) {
+template <bool to_unpack> QAD_INLINE void interleave(uint16_t *p, D first, D second) {
     const uint64_t words[4] = {first[0], second[0], first[1], second[1]};
     for (int i = 0; i < 4; ++i)
-        for (int k = 0; k < 4; ++k) p[4 * i + k] = (uint16_t)(words[i] >> (16 * k));
+        for (int k = 0; k < 4; ++k) p[4 * i + k] = (uint16_t)(words[i] >> (16 * (k ^ 2)));
 }
 
 #endif
@@ -532,15 +595,7 @@ QAD_INLINE void interleave(uint16_t *p, D first, D second) {
 /* ---- the same on every instruction set ---- */
 
 #if !defined(QAD_USE_AVX512)
-#if defined(QAD_USE_AVX2)
-QAD_INLINE U load_reduced(const uint32_t *p) {
-    const __m128i *parts = (const __m128i *)p;
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(parts)), _mm_loadu_si128(parts + 1), 1);
-}
-#else
-QAD_INLINE U load_reduced(const uint32_t *p) { return load_words(p); }
-#endif
-QAD_INLINE U load_reduced_halves(const uint16_t *p) { return widen(p); }
+QAD_INLINE U load_max_halves(const uint16_t *p) { return widen(p); }
 /* A bit for each of `width` halves. */
 QAD_INLINE uint32_t halves_below(const uint16_t *p, uint16_t limit) {
     uint32_t below = 0;

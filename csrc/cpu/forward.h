@@ -1,0 +1,129 @@
+/* Fake quantization of a range of blocks.
+ *
+ * Weights and outputs of one dtype are worked on as they are. Of two, weights that are not fp32 are staged as that, and
+ * outputs are stored as they are found.
+ */
+#ifndef QAD_FORWARD_H
+#define QAD_FORWARD_H
+
+#include "look_up.h"
+#include "rounding.h"
+#include "walk.h"
+
+namespace {
+
+template <int in, int out, int mode> void forward_chunks(const Step &step) {
+    typedef Elements<in> From;
+    typedef typename Outputs<in, out>::Type To;
+    const typename From::Stored *values = (const typename From::Stored *)step.batch.weights;
+    typename To::Stored *to = (typename To::Stored *)step.to;
+    const Scales &scales = step.batch.scales;
+    const uint16_t *random = step.random;
+    const char *next = step.weights_ahead;
+    const bool past = step.past;
+    for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
+        const int first = c->first, b = c->block;
+        const F scale = set(scales.scale[b]), inverse = set(scales.inverse[b]);
+        const Ends ends = {set_words(scales.low[b]), set_words(scales.high[b])};
+        ask<typename From::Stored>(next, first, false);
+#pragma GCC unroll 4
+        for (int i = 0; i < chunk; i += pair) {
+            const Pair moved = move<From, mode>(From::load_pair(values + first + i).times(inverse), random + i);
+            const Pair codes = {code_of<mode>(moved.first), code_of<mode>(moved.second)};
+            To::store_pair(to + first + i, codes.times(scale), ends, past);
+        }
+        if (draws_elements(mode)) random += chunk;
+    }
+}
+
+#ifdef QAD_HAS_LOOK_UP
+/* A sum that ends in the code. */
+template <int mode> QAD_INLINE F rounding_sum(F moved) {
+    return mode == QAD_NOISE_STOCHASTIC ? add_down(moved, set(rounding_magic)) : add(moved, set(rounding_magic));
+}
+
+template <int in, int out, int mode>
+QAD_CALLED void look_up_chunks(const Step &step, const LookUp<typename Outputs<in, out>::Type> &look_up) {
+    typedef Elements<in> From;
+    typedef typename Outputs<in, out>::Type To;
+    const typename From::Stored *values = (const typename From::Stored *)step.batch.weights;
+    typename To::Stored *to = (typename To::Stored *)step.to;
+    const Scales &scales = step.batch.scales;
+    const uint16_t *random = step.random;
+    const char *next = step.weights_ahead;
+    const bool past = step.past;
+    const LookUp<To> tables = look_up;
+    for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
+        const int first = c->first, b = c->block;
+        const typename LookUp<To>::Table table = tables.table_of(set(scales.scale[b]));
+        ask<typename From::Stored>(next, first, false);
+        const Pair moved = move<From, mode>(From::load_pair(values + first).times(set(scales.inverse[b])), random);
+        tables.store_pair(to + first, table, rounding_sum<mode>(moved.first), rounding_sum<mode>(moved.second), past);
+        if (draws_elements(mode)) random += chunk;
+    }
+}
+#endif
+
+template <int in, int out> void (*forward_for(int mode))(const Step &) {
+    switch (mode) {
+    case QAD_NOISE_UNIFORM:
+        return forward_chunks<in, out, QAD_NOISE_UNIFORM>;
+    case QAD_NOISE_STOCHASTIC:
+        return forward_chunks<in, out, QAD_NOISE_STOCHASTIC>;
+    case QAD_NOISE_PARTIAL:
+        return forward_chunks<in, out, QAD_NOISE_PARTIAL>;
+    default:
+        return forward_chunks<in, out, QAD_NOISE_NONE>;
+    }
+}
+
+template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
+    typedef typename Outputs<in, out>::Type To;
+    typedef typename To::Stored Target;
+    Walk<in> walk(job);
+    const auto hard = forward_for<in, out>(QAD_NOISE_NONE), soft = forward_for<in, out>(walk.mode.mode);
+    const int block = job.grid.block;
+    Target *const all = (Target *)job.out;
+    /* Past the caches, no line is read only to be overwritten: a third less to move. */
+    const bool past = can_stream && job.streams && (uintptr_t)(all + begin * block) % (4 * width) == 0;
+#ifdef QAD_HAS_LOOK_UP
+    const LookUp<To> look_up(job.grid);
+    const bool small = job.grid.code_min >= -table_size / 4 && job.grid.code_max < table_size / 4;
+#else
+    const bool small = false;
+#endif
+    /* Out of a cache, and where codes take little time. Of fp32 and fp16 it took longer. */
+    walk.asks_early = in == QAD_BF16 && out == QAD_BF16 && !job.streams &&
+                      (walk.mode.hard_below || walk.mode.mode == QAD_NOISE_NONE);
+    const int64_t damaged = walk(begin, end, [&](Batch &batch) {
+        Target *to = all + batch.element;
+        const bool looks_up = small && batch.scales.in_range;
+        if (!looks_up || walk.mode.mode == QAD_NOISE_UNIFORM || walk.mode.mode == QAD_NOISE_PARTIAL)
+            find_ends<out>(batch.scales, batch.blocks, job.grid);
+        walk.template treat<Target>(
+            batch, to, past,
+            [&](const Step &step) {
+#ifdef QAD_HAS_LOOK_UP
+                if (looks_up) return look_up_chunks<in, out, QAD_NOISE_NONE>(step, look_up);
+#endif
+                hard(step);
+            },
+            [&](const Step &step) {
+#ifdef QAD_HAS_LOOK_UP
+                if (looks_up && walk.mode.mode == QAD_NOISE_STOCHASTIC)
+                    return look_up_chunks<in, out, QAD_NOISE_STOCHASTIC>(step, look_up);
+#endif
+                soft(step);
+            });
+        if (batch.scales.damaged_count) {
+            if (past) end_of_stream();
+            fill_damaged<out>(to, batch, block, true);
+        }
+        if (job.used_scales) memcpy(job.used_scales + batch.block, batch.scales.scale, (size_t)batch.blocks * 4);
+    });
+    if (past) end_of_stream();
+    return damaged;
+}
+
+} // namespace
+#endif
