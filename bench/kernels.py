@@ -156,7 +156,9 @@ def rivals(grid: Grid, device: torch.device) -> tuple[Rivals, list[str]]:
     """Return what else can do the forward pass here, and why the others cannot."""
     found: Rivals = {"eager torch": lambda weight, out_dtype: eager_formula(weight, grid, out_dtype)}
     missing: list[str] = []
-    compiled = torch.compile(compiled_formula)
+    # For each shape and dtype by itself: past the limit, which is 8, it would run the formula as it is.
+    torch._dynamo.config.recompile_limit = len(SHAPES) * len(DTYPES) + 1  # pyright: ignore[reportPrivateUsage]
+    compiled = torch.compile(compiled_formula, dynamic=False)
     found["torch.compile"] = lambda weight, out_dtype: compiled(weight, grid, out_dtype)
     try:
         logging.disable(logging.WARNING)  # of libraries of kernels that it misses
