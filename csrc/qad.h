@@ -29,7 +29,13 @@ extern "C" {
 
 enum qad_dtype { QAD_F32 = 0, QAD_BF16 = 1, QAD_F16 = 2 };
 enum qad_noise_mode { QAD_NOISE_NONE = 0, QAD_NOISE_UNIFORM = 1, QAD_NOISE_STOCHASTIC = 2, QAD_NOISE_PARTIAL = 3 };
-enum qad_isa { QAD_ISA_PORTABLE = 0, QAD_ISA_AVX2 = 1, QAD_ISA_AVX512 = 2, QAD_ISA_NEON = 3 };
+enum qad_isa {
+    QAD_ISA_PORTABLE = 0,
+    QAD_ISA_AVX2 = 1,
+    QAD_ISA_AVX512 = 2,
+    QAD_ISA_NEON = 3,
+    QAD_ISA_AVX512BF16 = 4
+};
 enum qad_layout { QAD_LAYOUT_GGUF = 0, QAD_LAYOUT_GPTQ = 1, QAD_LAYOUT_ONNX = 2 };
 enum qad_divergence { QAD_KL_FORWARD = 0, QAD_KL_REVERSE = 1, QAD_KL_JSD = 2 };
 
@@ -41,7 +47,7 @@ typedef struct {
     int32_t code_max;
     int32_t signed_scale;
     int32_t scale_bits; /* 2 to 11 */
-    float scale_floor;
+    float scale_floor; /* 2^-64 or more: no product of a code and a scale is subnormal */
     float scale_ceiling;
 } qad_grid;
 

@@ -25,10 +25,10 @@ from qad.errors import UserError
 SOURCES = Path(__file__).with_name("csrc")
 # No contraction: a fused product and sum would round once where the reference rounds twice.
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti")
-_X86 = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-}
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_BF16 = "-mavx512bf16"  # of GCC 10 and clang 9; without it, the first set is the second under another name
+_X86 = {"avx512bf16": (*_AVX512, _BF16), "avx512": _AVX512, "avx2": _AVX2, "portable": ()}
 
 
 class NativeUnavailable(Exception):
@@ -47,7 +47,7 @@ class _Unit:
 def _sets_of(machine: str) -> dict[str, tuple[str, ...]]:
     """Return the instruction sets there are kernels for on a kind of processor, best first, and their flags."""
     if machine in ("x86_64", "amd64"):
-        return {"avx512": _X86["avx512"], "avx2": _X86["avx2"], "portable": ()}
+        return _X86
     if machine in ("aarch64", "arm64"):
         return {"neon": (), "portable": ()}
     return {"portable": ()}
@@ -60,7 +60,7 @@ def _units(machine: str, sets: Sequence[str]) -> list[_Unit]:
     for name in sets:
         flags = (*known[name], f"-DQAD_USE_{name.upper()}", f"-DQAD_SET={name}")
         units += [_Unit(f"cpu/{part}.cpp", f"{part}-{name}", flags) for part in ("kernels", "more_kernels")]
-    api = {"avx512": ("-DQAD_HAVE_X86",), "neon": ("-DQAD_HAVE_NEON",)}.get(next(iter(known)), ())
+    api = ("-DQAD_HAVE_X86",) if "avx2" in known else ("-DQAD_HAVE_NEON",) if "neon" in known else ()
     return [*units, _Unit("cpu/api.cpp", "api", api)]
 
 
@@ -74,10 +74,9 @@ def instruction_sets() -> list[str]:
         lines = []
     # Not asked of the library, because what it is built for depends on the answer; it checks again when it is loaded.
     flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
-    able = {
-        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"} <= flags,
-        "avx2": {"avx2", "fma", "f16c"} <= flags,
-    }
+    avx2 = {"avx2", "fma", "f16c"} <= flags
+    avx512 = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
+    able = {"avx512bf16": avx512 and "avx512_bf16" in flags, "avx512": avx512, "avx2": avx2}
     return [name for name in reversed(sets) if able.get(name, True)]
 
 
@@ -119,6 +118,15 @@ def _run(commands: Sequence[list[str]]) -> None:
         raise NativeUnavailable("the kernels do not compile; CXX can name another C++ compiler\n" + failures[0])
 
 
+def _takes(command: Sequence[str], flag: str) -> bool:
+    """Return whether a compiler knows a flag; one that cannot be run will be told of when it shall compile."""
+    try:
+        nothing = [*command, flag, "-E", "-x", "c++", os.devnull]
+        return subprocess.run(nothing, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return True
+
+
 def build(
     target: Path,
     compiler: Sequence[str] | None = None,
@@ -143,10 +151,20 @@ def build(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
         units = _units(kind, list(_sets_of(kind)) if sets is None else sets)
+        unknown = {_BF16} if any(_BF16 in unit.flags for unit in units) and not _takes(command, _BF16) else set()
         objects = [str(Path(folder) / f"{unit.name}.o") for unit in units]
         _run(
             [
-                [*command, *_FLAGS, *unit.flags, *flags, "-c", str(SOURCES / unit.source), "-o", compiled]
+                [
+                    *command,
+                    *_FLAGS,
+                    *(flag for flag in unit.flags if flag not in unknown),
+                    *flags,
+                    "-c",
+                    str(SOURCES / unit.source),
+                    "-o",
+                    compiled,
+                ]
                 for unit, compiled in zip(units, objects, strict=True)
             ]
         )

@@ -28,7 +28,7 @@ from qad.grid import Grid
 from qad.noise import NOISE_MODES, Noise
 
 API_VERSION = 2
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")  # in the order of csrc/qad.h
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon", "avx512bf16")  # in the order of csrc/qad.h
 LAYOUTS = ("gguf", "gptq", "onnx")
 DIVERGENCES = ("forward", "reverse", "jsd")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

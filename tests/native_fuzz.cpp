@@ -16,8 +16,8 @@
 
 namespace {
 
-const char *const isa_names[] = {"portable", "avx2", "avx512", "neon"};
-enum { ISAS = 4 };
+const char *const isa_names[] = {"portable", "avx2", "avx512", "neon", "avx512bf16"};
+enum { ISAS = 5 };
 
 // ---------------------------------------------------------------------------------------------- numbers
 

@@ -31,7 +31,7 @@ def test_machine_libraries_kernels_runtimes(capsys: pytest.CaptureFixture[str]) 
     output = capsys.readouterr().out
     assert importlib.metadata.version("torch") in _row(output, "torch")
     # The reason is told where the kernels do not run, but the machines that run these tests have a compiler.
-    assert re.search(r"native, (portable|avx2|avx512|neon) ", _row(output, "on the CPU"))
+    assert re.search(r"native, (portable|avx2|avx512|avx512bf16|neon) ", _row(output, "on the CPU"))
     assert ("not available" in _row(output, "on a GPU")) if not torch.cuda.is_available() else _row(output, "GPU")
     for name in names():
         assert _row(output, name)

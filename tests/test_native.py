@@ -9,7 +9,9 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -774,6 +776,22 @@ def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "do not compile; CXX can name another" in reason
     assert "flux capacitor missing" in reason
     assert not list((fresh / "cache/qad").glob("*/*"))
+
+
+@needs_library
+def test_a_compiler_older_than_an_instruction(tmp_path: Path) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("the instruction is one of x86-64")
+    real, refused = shlex.join(cpu_compiler.find_compiler()), tmp_path / "refused"
+    old = script(
+        tmp_path / "c++", f'case "$*" in *-mavx512bf16*) echo >> {refused}; exit 1 ;; esac', f'exec {real} "$@"'
+    )
+    cpu_compiler.build(tmp_path / "kernels.so", [old], sets=["avx512bf16"])
+    assert refused.read_text() == "\n"  # asked once, and not for a file
+    loaded = native._bind(tmp_path / "kernels.so")
+    here = "avx512bf16" in cpu_compiler.instruction_sets()
+    assert loaded.qad_has_isa(native.INSTRUCTION_SETS.index("avx512bf16")) == here
+    assert not loaded.qad_has_isa(native.INSTRUCTION_SETS.index("avx512"))
 
 
 def test_a_cache_folder_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

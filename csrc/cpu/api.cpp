@@ -1,6 +1,9 @@
 /* The C API on a CPU: which instruction set, which thread does which blocks. Compiled for the plainest machine. */
 #include <pthread.h>
 #include <string.h>
+#if defined(QAD_HAVE_X86)
+#include <cpuid.h>
+#endif
 
 #include "../qad.h"
 #include "kernels.h"
@@ -12,10 +15,26 @@ extern "C" {
 QAD_TABLE(portable);
 QAD_TABLE(avx2);
 QAD_TABLE(avx512);
+QAD_TABLE(avx512bf16);
 QAD_TABLE(neon);
 }
 
 namespace {
+
+#if defined(QAD_HAVE_X86)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+/* Asked of the processor, because compilers learnt its name later; and once, because under a hypervisor the answer can
+ * take longer than a small weight. */
+bool ask_for_bf16() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+}
+const bool has_bf16 = ask_for_bf16();
+#endif
 
 const qad_kernels *kernels_for(int isa) {
     switch (isa) {
@@ -25,10 +44,9 @@ const qad_kernels *kernels_for(int isa) {
     case QAD_ISA_AVX2:
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &qad_kernels_avx2 : nullptr;
     case QAD_ISA_AVX512:
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-                   ? &qad_kernels_avx512
-                   : nullptr;
+        return has_avx512() ? &qad_kernels_avx512 : nullptr;
+    case QAD_ISA_AVX512BF16:
+        return has_avx512() && has_bf16 ? &qad_kernels_avx512bf16 : nullptr;
 #elif defined(QAD_HAVE_NEON)
     case QAD_ISA_NEON:
         return &qad_kernels_neon;
@@ -39,7 +57,7 @@ const qad_kernels *kernels_for(int isa) {
 }
 
 int best_isa() {
-    const int from_best[] = {QAD_ISA_NEON, QAD_ISA_AVX512, QAD_ISA_AVX2, QAD_ISA_PORTABLE};
+    const int from_best[] = {QAD_ISA_NEON, QAD_ISA_AVX512BF16, QAD_ISA_AVX512, QAD_ISA_AVX2, QAD_ISA_PORTABLE};
     for (int isa : from_best)
         if (kernels_for(isa)) return isa;
     return -1;

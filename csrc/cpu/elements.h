@@ -135,26 +135,6 @@ template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>> {
         return {add_noise(scaled.first, bit_or(shift_left(both, 16), half), with_sign),
                 add_noise(scaled.second, bit_or(bit_and(both, set_words(0xffff0000u)), half), with_sign)};
     }
-
-#ifdef QAD_HAS_LOOK_UP
-    /* A vector's values as memory holds them, which half of that a value is, and whether memory holds words that have
-     * the pair's one vector in their low and its other in their high halves. */
-    QAD_INLINE U stored(F values) { return round_bfloat(values); }
-    static int half_of(int value) { return 2 * value + 1; }
-    static constexpr bool interleaved = true;
-#endif
-};
-
-/* Outputs of fp32 weights, which come one vector after the other. */
-struct BfloatInOrder : HalfElements<BfloatInOrder> {
-    QAD_INLINE void store_vector(uint16_t *p, F value) { store_bfloat(p, value); }
-    QAD_INLINE U pair_of(Pair pair) { return high_halves_of(round_bfloat(pair.first), round_bfloat(pair.second)); }
-
-#ifdef QAD_HAS_LOOK_UP
-    QAD_INLINE U stored(F values) { return round_bfloat(values); }
-    static int half_of(int value) { return 2 * value + 1; }
-    static constexpr bool interleaved = false;
-#endif
 };
 
 template <> struct Elements<QAD_F16> : HalfElements<Elements<QAD_F16>>, MovesInOrder {
@@ -171,19 +151,29 @@ template <> struct Elements<QAD_F16> : HalfElements<Elements<QAD_F16>>, MovesInO
     QAD_INLINE void keep_pair_if(uint16_t *p, M first, M second) {
         store_words(p, halves_of(keep_if(first, load_half(p)), keep_if(second, load_half(p + width))));
     }
-
-#ifdef QAD_HAS_LOOK_UP
-    QAD_INLINE U stored(F values) { return round_half(values); }
-    static int half_of(int value) { return value; }
-    static constexpr bool interleaved = false;
-#endif
 };
 
-/* How to store what was loaded as Elements<in>. */
-template <int in, int out> struct Outputs {
+/* Outputs of fp32 weights, which come one vector after the other. */
+struct BfloatInOrder : HalfElements<BfloatInOrder> {
+    QAD_INLINE void store_vector(uint16_t *p, F value) { store_bfloat(p, value); }
+    QAD_INLINE U pair_of(Pair pair) { return high_halves_of(round_bfloat(pair.first), round_bfloat(pair.second)); }
+};
+
+/* The same of what is not subnormal. */
+struct NormalBfloatInOrder : HalfElements<NormalBfloatInOrder> {
+    QAD_INLINE void store_vector(uint16_t *p, F value) { store_bfloat(p, value); }
+    QAD_INLINE U pair_of(Pair pair) { return bfloats_of(pair.first, pair.second); }
+};
+
+/* How to store what was loaded as Elements<in>. With noise, a code times its scale is 0 or at least 2^-41 of it, and a
+ * scale is no less than 2^-64; but a code may be any fraction if nothing is rounded. */
+template <int in, int out, int mode> struct Outputs {
     typedef Elements<out> Type;
 };
-template <> struct Outputs<QAD_F32, QAD_BF16> {
+template <int mode> struct Outputs<QAD_F32, QAD_BF16, mode> {
+    typedef NormalBfloatInOrder Type;
+};
+template <> struct Outputs<QAD_F32, QAD_BF16, QAD_NOISE_PARTIAL> {
     typedef BfloatInOrder Type;
 };
 

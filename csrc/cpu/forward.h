@@ -14,7 +14,7 @@ namespace {
 
 template <int in, int out, int mode> void forward_chunks(const Step &step) {
     typedef Elements<in> From;
-    typedef typename Outputs<in, out>::Type To;
+    typedef typename Outputs<in, out, mode>::Type To;
     const typename From::Stored *values = (const typename From::Stored *)step.batch.weights;
     typename To::Stored *to = (typename To::Stored *)step.to;
     const Scales &scales = step.batch.scales;
@@ -43,9 +43,9 @@ template <int mode> QAD_INLINE F rounding_sum(F moved) {
 }
 
 template <int in, int out, int mode>
-QAD_CALLED void look_up_chunks(const Step &step, const LookUp<typename Outputs<in, out>::Type> &look_up) {
+QAD_CALLED void look_up_chunks(const Step &step, const LookUp<typename Outputs<in, out, mode>::Type> &look_up) {
     typedef Elements<in> From;
-    typedef typename Outputs<in, out>::Type To;
+    typedef typename Outputs<in, out, mode>::Type To;
     const typename From::Stored *values = (const typename From::Stored *)step.batch.weights;
     typename To::Stored *to = (typename To::Stored *)step.to;
     const Scales &scales = step.batch.scales;
@@ -78,7 +78,7 @@ template <int in, int out> void (*forward_for(int mode))(const Step &) {
 }
 
 template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
-    typedef typename Outputs<in, out>::Type To;
+    typedef typename Outputs<in, out, QAD_NOISE_NONE>::Type To;
     typedef typename To::Stored Target;
     Walk<in> walk(job);
     const auto hard = forward_for<in, out>(QAD_NOISE_NONE), soft = forward_for<in, out>(walk.mode.mode);
@@ -92,9 +92,8 @@ template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int
 #else
     const bool small = false;
 #endif
-    /* Out of a cache, and where codes take little time. Of fp32 and fp16 it took longer. */
-    walk.asks_early = in == QAD_BF16 && out == QAD_BF16 && !job.streams &&
-                      (walk.mode.hard_below || walk.mode.mode == QAD_NOISE_NONE);
+    /* Out of a cache, and where codes take little time. Of fp32 it took longer. */
+    walk.asks_early = in != QAD_F32 && !job.streams && (walk.mode.hard_below || walk.mode.mode == QAD_NOISE_NONE);
     const int64_t damaged = walk(begin, end, [&](Batch &batch) {
         Target *to = all + batch.element;
         const bool looks_up = small && batch.scales.in_range;

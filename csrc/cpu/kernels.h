@@ -59,6 +59,7 @@ extern "C" {
 QAD_PARTS(portable);
 QAD_PARTS(avx2);
 QAD_PARTS(avx512);
+QAD_PARTS(avx512bf16);
 QAD_PARTS(neon);
 }
 

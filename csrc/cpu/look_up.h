@@ -1,6 +1,8 @@
 /* Rounding to codes of 4 bits by a table: a rounding sum ends in the code, and that looks up the product of the code
- * and its block's scale. In 16 bits, the products of a block's sixteen codes are rounded instead of those of its
- * elements. The table also clamps: it has an entry for every code from -16 to 15.
+ * and its block's scale. The table also clamps: it has an entry for every code from -16 to 15.
+ *
+ * In 16 bits, products are rounded after they were looked up where an instruction rounds many, else before: a block has
+ * sixteen codes, and mostly more elements.
  */
 #ifndef QAD_LOOK_UP_H
 #define QAD_LOOK_UP_H
@@ -20,20 +22,41 @@ QAD_INLINE int code_from(int bits, const qad_grid &grid) {
     return code < grid.code_min ? grid.code_min : code > grid.code_max ? grid.code_max : code;
 }
 
-/* Of elements that are stored as E does it. */
-template <typename E> struct LookUp {
+/* Products as they are. */
+struct ProductTables {
+    struct Table {
+        F low, high;
+
+        QAD_MEMBER Pair look_up(F first, F second) const {
+            return {look_up_words(low, high, bits_of(first)), look_up_words(low, high, bits_of(second))};
+        }
+    };
+
+    Table codes;
+
+    explicit ProductTables(const qad_grid &grid) {
+        float all[table_size];
+        for (int i = 0; i < table_size; ++i) all[i] = (float)code_from(i, grid);
+        codes = {load(all), load(all + width)};
+    }
+
+    QAD_MEMBER Table table_of(F scale) const { return {mul(codes.low, scale), mul(codes.high, scale)}; }
+};
+
+/* Products rounded to bf16. Pairs come out interleaved, as words, or one vector after the other. */
+template <bool interleaved> struct BfloatTables {
     typedef U Table;
 
     F codes;
     U halves; /* which half of the products a sum means */
-    U order;  /* of a pair's halves in memory, one vector after the other */
+    U order;  /* of a pair's halves, one vector after the other */
 
-    explicit LookUp(const qad_grid &grid) {
+    explicit BfloatTables(const qad_grid &grid) {
         float all[width];
         uint16_t half[table_size], place[table_size];
         for (int i = 0; i < width; ++i) all[i] = (float)(grid.code_min + i);
         for (int i = 0; i < table_size; ++i) {
-            half[i] = (uint16_t)E::half_of(code_from(i, grid) - grid.code_min);
+            half[i] = (uint16_t)(2 * (code_from(i, grid) - grid.code_min) + 1);
             place[i / 2 + i % 2 * width] = (uint16_t)i;
         }
         codes = load(all);
@@ -41,34 +64,41 @@ template <typename E> struct LookUp {
         order = load_words(place);
     }
 
-    QAD_MEMBER Table table_of(F scale) const {
-        return look_up_halves(E::stored(mul(codes, scale)), halves);
-    }
+    QAD_MEMBER Table table_of(F scale) const { return look_up_halves(round_bfloat(mul(codes, scale)), halves); }
     QAD_MEMBER void store_pair(uint16_t *p, Table table, F first, F second, bool past) const {
-        const U stored = look_up_halves(table, join_halves(bits_of(first), shift_left(bits_of(second), 16)));
-        put_words(p, E::interleaved ? stored : look_up_halves(stored, order), past);
+        const U pairs = look_up_halves(table, join_halves(bits_of(first), shift_left(bits_of(second), 16)));
+        put_words(p, interleaved ? pairs : look_up_halves(pairs, order), past);
     }
 };
 
-template <> struct LookUp<Elements<QAD_F32>> {
-    struct Table {
-        F low, high;
-    };
+/* The tables for what is stored as E does it. */
+template <typename E> struct LookUp : ProductTables {
+    using ProductTables::ProductTables;
 
-    Table codes;
-
-    explicit LookUp(const qad_grid &grid) {
-        float all[table_size];
-        for (int i = 0; i < table_size; ++i) all[i] = (float)code_from(i, grid);
-        codes = {load(all), load(all + width)};
+    QAD_MEMBER void store_pair(uint16_t *p, const Table &table, F first, F second, bool past) const {
+        put_words(p, E::pair_of(table.look_up(first, second)), past);
     }
+};
 
-    QAD_MEMBER Table table_of(F scale) const { return {mul(codes.low, scale), mul(codes.high, scale)}; }
+template <> struct LookUp<Elements<QAD_F32>> : ProductTables {
+    using ProductTables::ProductTables;
+
     QAD_MEMBER void store_pair(float *p, const Table &table, F first, F second, bool past) const {
-        put_words(p, bits_of(look_up_words(table.low, table.high, bits_of(first))), past);
-        put_words(p + width, bits_of(look_up_words(table.low, table.high, bits_of(second))), past);
+        const Pair pair = table.look_up(first, second);
+        put_words(p, bits_of(pair.first), past);
+        put_words(p + width, bits_of(pair.second), past);
     }
 };
+
+template <> struct LookUp<Elements<QAD_BF16>> : BfloatTables<true> {
+    using BfloatTables<true>::BfloatTables;
+};
+
+#ifndef QAD_HAS_BFLOATS
+template <> struct LookUp<NormalBfloatInOrder> : BfloatTables<false> {
+    using BfloatTables<false>::BfloatTables;
+};
+#endif
 
 } // namespace
 #endif

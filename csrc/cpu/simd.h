@@ -1,4 +1,5 @@
-/* One small vocabulary of vector operations over four instruction sets, so that each kernel is written once.
+/* One small vocabulary of vector operations over four instruction sets, so that each kernel is written once. (The fifth
+ * is AVX-512 and one operation more.)
  *
  * The file that includes this is compiled once per instruction set, which QAD_USE_... names. Everything
  * here has internal linkage: an inline function of a common name, compiled for AVX-512 and merged by the linker, would
@@ -7,7 +8,8 @@
  * F: `width` floats. U: as many 32-bit words. D: width / 2 words of 64 bits. M: a comparison's result.
  * max_of(a, b) and min_of(a, b) return b if either is NaN. No operation contracts a product and a sum unless it says so.
  * "Halves" are the 16-bit halves of words; join_halves takes the low ones of one and the high ones of the other vector,
- * high_halves_of the high ones of one and then of the other.
+ * high_halves_of the high ones of one and then of the other. bfloats_of rounds one and then the other to bf16, where
+ * nothing is subnormal or NaN.
  * partial_max takes four vectors, finish_max width / 4 of what that gives: the largest word of each of `width` vectors.
  * partial_max_halves takes eight, and store_max_halves what that gives; load_max_halves widens `width` of them.
  * calls_in_chunk are a vector's calls of the random generator, counted from their chunk's first, in the order that
@@ -23,6 +25,13 @@
 
 #include <stdint.h>
 #include <string.h>
+
+#if defined(QAD_USE_AVX512BF16)
+#define QAD_USE_AVX512
+#if defined(__AVX512BF16__) /* not by GCC 9 and older */
+#define QAD_HAS_BFLOATS
+#endif
+#endif
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -175,6 +184,9 @@ QAD_INLINE U high_halves_of(U a, U b) {
                                           21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     return _mm512_permutex2var_epi16(a, high, b);
 }
+#ifdef QAD_HAS_BFLOATS
+QAD_INLINE U bfloats_of(F a, F b) { return (U)_mm512_cvtne2ps_pbh(b, a); }
+#endif
 QAD_INLINE F load_codes(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
@@ -629,6 +641,9 @@ QAD_INLINE U round_bfloat(F a) {
     return add_words(bit_or(bits, odd), set_words(0x7fff));
 }
 QAD_INLINE void store_bfloat(uint16_t *p, F a) { narrow_high(p, round_bfloat(a)); }
+#ifndef QAD_HAS_BFLOATS
+QAD_INLINE U bfloats_of(F a, F b) { return high_halves_of(round_bfloat(a), round_bfloat(b)); }
+#endif
 
 } // namespace
 #endif
