@@ -464,6 +464,47 @@ def test_outputs_past_the_caches_have_the_same_bits(dtype: torch.dtype, noise: N
 
 
 @needs_library
+def test_outputs_past_the_caches_at_every_alignment() -> None:
+    """An address that is half of a vector's multiple is none: stored to it past the caches, the process would end."""
+    found = re.search(r"STREAMING_ELEMENTS = 1 << (\d+);", (cpu_compiler.SOURCES / "cpu/api.cpp").read_text())
+    assert found, "large outputs are told apart in another way: size this tensor anew"
+    weight = torch.randn((1 << int(found[1])) // 4096, 4096, generator=torch.Generator().manual_seed(1)) * 0.02
+    for out_dtype in (torch.float32, torch.bfloat16):
+        pool = torch.empty(weight.numel() + 64, dtype=out_dtype)
+        assert pool.data_ptr() % 64 == 0
+        expected = None
+        for name, offset in itertools.product(cpu_compiler.instruction_sets(), (0, 2, 4, 8, 16, 32)):
+            with forced(name):
+                out = pool[offset : offset + weight.numel()].view_as(weight)
+                native.fake_quantize(weight, None, GRIDS["q4_0"], HARD, out, None)
+                expected = out.clone() if expected is None else expected
+                check(out, expected, f"{name}, {out_dtype}, at {offset}")
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["q4_0", "q8_0"])
+def test_sums_of_weight_and_noise_that_are_integers(name: str) -> None:
+    """What random weights all but never meet: sums whose floor is themselves, and the neighbours on either side."""
+    grid, noise = GRIDS[name], Noise("stochastic", 0.0, 1, 2, 3)
+    end = float(grid.code_min if grid.signed_scale else grid.code_max)
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(grid.code_min + 1, grid.code_max + 1, (24, 96), generator=generator)
+    weight = codes - uniform16(codes.numel(), seed=1, tensor=2, step=3).view(codes.shape)
+    weight[1::3], weight[2::3] = (torch.nextafter(weight[n::3], torch.tensor(up)) for n, up in ((1, 99.0), (2, -99.0)))
+    weight[:, :: grid.block] = end  # absmax scales of 1
+    assert bool((absmax_scales(weight, grid) == 1.0).all())
+    for out_dtype in DTYPES:
+        expected = fake_quantize(weight, None, grid, noise, torch.empty(weight.shape, dtype=out_dtype))
+        if out_dtype == torch.float32:  # the weights are what they shall be
+            assert torch.equal(expected[::3, 1:32].to(torch.int64), codes[::3, 1:32])
+        for instruction_set in cpu_compiler.instruction_sets():
+            with forced(instruction_set):
+                out = torch.empty(weight.shape, dtype=out_dtype)
+                native.fake_quantize(weight, None, grid, noise, out, None)
+                check(out, expected, f"{instruction_set}, {out_dtype}")
+
+
+@needs_library
 @every_dtype
 def test_random_numbers_of_a_tensor_of_real_size(dtype: torch.dtype) -> None:
     """Beyond 2^20 elements, which no other test here compares with the reference: counters are wider than that."""
