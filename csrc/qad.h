@@ -51,7 +51,7 @@ typedef struct {
     float scale_ceiling;
 } qad_grid;
 
-/* Which noise one tensor gets in one optimizer step; the fields are those of qad.fake_quant.Noise. */
+/* Which noise one tensor gets in one optimizer step; the fields are those of qad.noise.Noise. */
 typedef struct {
     int32_t mode;     /* enum qad_noise_mode */
     float hard_share; /* probability that a block is rounded hard in spite of the mode */

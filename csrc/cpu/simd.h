@@ -9,13 +9,14 @@
  * max_of(a, b) and min_of(a, b) return b if either is NaN. No operation contracts a product and a sum unless it says so.
  * "Halves" are the 16-bit halves of words; join_halves takes the low ones of one and the high ones of the other vector,
  * high_halves_of the high ones of one and then of the other. bfloats_of rounds one and then the other to bf16, where
- * nothing is subnormal or NaN.
+ * nothing is subnormal; a NaN comes out as anything.
  * partial_max takes four vectors, finish_max width / 4 of what that gives: the largest word of each of `width` vectors.
  * partial_max_halves takes eight, and store_max_halves what that gives; load_max_halves widens `width` of them.
  * calls_in_chunk are a vector's calls of the random generator, counted from their chunk's first, in the order that
  * interleave needs, which is given pairs of words, the later one low; spread_chunks gives each what is given for its
  * chunk, and adds `step` for each call that a vector in the middle of a chunk begins after. unpack puts halves above
- * others, into two vectors of words; those of a chunk that was stored to_unpack come in order.
+ * others, into two vectors of words; those of a chunk that was stored to_unpack come in order. (AVX-512 needs another
+ * order in interleave for that, AVX2 in both, NEON and plain vectors in neither.)
  * convert_unsigned takes multiples of 2^15, and gives their share of 2^32 times unsigned_one.
  * Where can_stream, stream_words stores past the caches, to an address that is a multiple of a vector's size; after the
  * last comes end_of_stream.

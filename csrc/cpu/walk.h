@@ -160,6 +160,7 @@ template <int dtype> struct Walk {
         batch.weights = dtype == QAD_F32
                             ? load_elements(job.weights, job.weights_dtype, batch.element, batch.count, batch.staged)
                             : (const void *)((const Stored *)job.weights + batch.element);
+        /* Outputs are of the weights' dtype then. */
         const char *now = asks_early && block > begin
                               ? (const char *)job.out + (batch.element - batch_of<dtype>()) * (int)sizeof(Stored)
                               : nullptr;
