@@ -156,6 +156,8 @@ def replacing_file(target: Path) -> Iterator[Path]:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         lock.close()
+        if temporary is None:  # an interrupt may have come between its making and its name
+            _others_write(target)
 
 
 @contextlib.contextmanager
@@ -200,6 +202,8 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         lock.close()
+        if temporary is None:  # as above
+            _others_write(target)
 
 
 def recover_folder(target: Path) -> None:

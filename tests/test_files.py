@@ -405,3 +405,23 @@ def test_a_flush_that_begins_early_changes_nothing(tmp_path: Path) -> None:
     small = [0, 0, 3, 3, 103, 103]
     assert begun[1:] == [end and end + extra for end, extra in zip(ends, small, strict=True)]
     assert (tmp_path / "grown").read_bytes() == b"".join(parts)
+
+
+@pytest.mark.parametrize("replacing", [replacing_file, replacing_folder])
+def test_an_interrupt_before_the_temporary_has_a_name_leaves_nothing(
+    replacing: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def interrupted(path: Path, wait: bool = False) -> AbstractContextManager[None]:
+        if not wait:
+            return locked(path)
+        made.append(path)
+        raise KeyboardInterrupt
+
+    locked = files.locked
+    monkeypatch.setattr(files, "locked", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "out"):
+        pass
+    assert len(made) == 1
+    assert list(tmp_path.iterdir()) == []
