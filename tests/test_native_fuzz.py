@@ -133,9 +133,9 @@ FAULTS = {
         "return rotate_left_1(bits_of(value))",
     ),
     "a scale written too many": (
-        "cpu/forward.h",
-        "memcpy(job.used_scales + batch.block, batch.scales.scale, (size_t)batch.blocks * 4)",
-        "memcpy(job.used_scales + batch.block, batch.scales.scale, (size_t)batch.blocks * 4 + 4)",
+        "cpu/scales.h",
+        "memcpy(used + b, scale + b, (size_t)(blocks - b) * 4)",
+        "memcpy(used + b, scale + b, (size_t)(blocks - b) * 4 + 4)",
     ),
 }
 

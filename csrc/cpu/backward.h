@@ -26,8 +26,8 @@ void mask_batch(const Batch &batch, void *to, const qad_grid &grid, const char *
     const int more = chunks_per_block_log2(grid), chunks = batch.count / chunk;
     for (int c = 0; c < chunks; ++c) {
         const F inverse = set(batch.scales.inverse[c >> more]);
-        ask<typename E::Stored>(weights_ahead, c * chunk, false);
-        if (out_ahead) ask<typename E::Stored>(out_ahead, c * chunk, true);
+        ask<typename E::Stored>(weights_ahead, c * chunk, to_read);
+        if (out_ahead) ask<typename E::Stored>(out_ahead, c * chunk, to_write);
 #pragma GCC unroll 4
         for (int i = c * chunk; i < (c + 1) * chunk; i += pair) {
             const Pair scaled = E::load_pair(values + i).times(inverse);
@@ -43,8 +43,7 @@ template <int dtype> int64_t mask(const qad_fake_quantize_job &job, int64_t begi
         void *grad = dtype == QAD_F32
                          ? (void *)load_elements(job.out, job.out_dtype, batch.element, batch.count, staged)
                          : (void *)((typename Elements<dtype>::Stored *)job.out + batch.element);
-        mask_batch<dtype>(batch, grad, job.grid, weights_ahead<dtype>(job, batch.element),
-                          out_ahead<dtype>(job, batch.element));
+        mask_batch<dtype>(batch, grad, job.grid, walk.weights_ahead(batch), walk.out_ahead(batch));
         if (batch.scales.damaged_count) fill_damaged<dtype>(grad, batch, job.grid.block, false);
         if (dtype != job.out_dtype) store_elements(job.out, job.out_dtype, batch.element, batch.count, (float *)grad);
     });

@@ -13,6 +13,7 @@ int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
     const F low = set((float)grid.code_min), high = set((float)grid.code_max);
     alignas(64) float in_buffer[QAD_BATCH];
     uint16_t halves[most_blocks + width];
+    const ScaleRule rule(grid);
     Scales scales;
     int64_t damaged = 0;
     for (int64_t b = begin; b < end; b += per_batch) {
@@ -20,7 +21,8 @@ int64_t quantize(const qad_fake_quantize_job *job, int64_t begin, int64_t end) {
         const int64_t first = b * grid.block;
         const float *values = load_elements(job->weights, job->weights_dtype, first, count, in_buffer);
         int8_t *codes = job->codes + first;
-        find_scales_of<QAD_F32>(values, job->scales ? job->scales + b : nullptr, blocks, grid, nullptr, scales);
+        find_scales_of<QAD_F32>(values, job->scales ? job->scales + b : nullptr, nullptr, blocks, grid.block, rule,
+                                nullptr, scales);
         for (int i = 0; i < blocks; i += width) store_half(halves + i, load(scales.scale + i));
         for (int i = 0; i < blocks; ++i) {
             const F inverse = set(scales.inverse[i]);

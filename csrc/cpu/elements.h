@@ -83,6 +83,9 @@ template <> struct Elements<QAD_F32> : MovesInOrder {
     static constexpr int per_part = 4, parts = width / 4;
     QAD_INLINE U partial_max_keys(const U *v) { return partial_max(v); }
     QAD_INLINE void store_max_keys(Key *p, const U *partial) { store_words(p, finish_max(partial)); }
+    /* What keys say: magnitudes, and a sign bit where there is a plus. */
+    QAD_INLINE F magnitudes_at(const Key *p) { return float_of(shift_right(load_words(p), 1)); }
+    QAD_INLINE U pluses_at(const Key *p) { return shift_left(load_words(p), 31); }
 };
 
 /* What bf16 and fp16 share: magnitudes that order like integers of 16 bits. */
@@ -98,30 +101,29 @@ template <typename Self> struct HalfElements {
     static constexpr int per_part = 8, parts = 1;
     QAD_INLINE U partial_max_keys(const U *v) { return partial_max_halves(v); }
     QAD_INLINE void store_max_keys(Key *p, const U *partial) { store_max_halves(p, partial[0]); }
+    QAD_INLINE U pluses_at(const Key *p) { return shift_left(load_max_halves(p), 31); }
     /* As integers without a sign, halves with a minus are the larger ones, the more so the larger their magnitudes; as
      * integers with a sign, they are all smaller than those without. So each end is one comparison. */
     QAD_INLINE void store_pair(uint16_t *p, Pair pair, const Ends &ends, bool past) {
         put_words(p, min_signed_halves(min_halves(Self::pair_of(pair), ends.low), ends.high), past);
     }
+};
+
+/* What is stored as bf16. */
+struct Bfloats {
     QAD_INLINE U end_from(F value) {
-        uint16_t halves[width];
-        Self::store_vector(halves, value);
-        const U half = widen(halves);
-        return bit_or(half, shift_left(half, 16));
+        const U bits = round_bfloat(value);
+        return join_halves(shift_right(bits, 16), bits);
     }
 };
 
-template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>> {
+template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>>, Bfloats {
     static constexpr Key not_finite = 0xff00u;
-    QAD_INLINE U widen_keys(const Key *p) {
-        const U key = load_max_halves(p);
-        return bit_or(shift_left(bit_and(key, set_words(0xfffeu)), 16), bit_and(key, set_words(1)));
-    }
+    QAD_INLINE F magnitudes_at(const Key *p) { return float_of(shift_left(shift_right(load_max_halves(p), 1), 16)); }
     QAD_INLINE Pair load_pair(const uint16_t *p) {
         const U both = load_words(p);
         return {float_of(shift_left(both, 16)), float_of(bit_and(both, set_words(0xffff0000u)))};
     }
-    QAD_INLINE void store_vector(uint16_t *p, F value) { store_bfloat(p, value); }
     QAD_INLINE U pair_of(Pair pair) {
         return join_halves(shift_right(round_bfloat(pair.first), 16), round_bfloat(pair.second));
     }
@@ -139,14 +141,18 @@ template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>> {
 
 template <> struct Elements<QAD_F16> : HalfElements<Elements<QAD_F16>>, MovesInOrder {
     static constexpr Key not_finite = 0xf800u;
-    QAD_INLINE U widen_keys(const Key *p) {
-        const U key = load_max_halves(p), sign = shift_left(bit_xor(bit_and(key, set_words(1)), set_words(1)), 15);
+    QAD_INLINE F magnitudes_at(const Key *p) {
         uint16_t halves[width];
-        narrow(halves, bit_or(shift_right(key, 1), sign));
-        return key_of(load_half(halves));
+        narrow(halves, shift_right(load_max_halves(p), 1));
+        return load_half(halves);
     }
     QAD_INLINE Pair load_pair(const uint16_t *p) { return {load_half(p), load_half(p + width)}; }
-    QAD_INLINE void store_vector(uint16_t *p, F value) { store_half(p, value); }
+    QAD_INLINE U end_from(F value) {
+        uint16_t halves[width];
+        store_half(halves, value);
+        const U half = widen(halves);
+        return join_halves(half, shift_left(half, 16));
+    }
     QAD_INLINE U pair_of(Pair pair) { return halves_of(pair.first, pair.second); }
     QAD_INLINE void keep_pair_if(uint16_t *p, M first, M second) {
         store_words(p, halves_of(keep_if(first, load_half(p)), keep_if(second, load_half(p + width))));
@@ -154,14 +160,12 @@ template <> struct Elements<QAD_F16> : HalfElements<Elements<QAD_F16>>, MovesInO
 };
 
 /* Outputs of fp32 weights, which come one vector after the other. */
-struct BfloatInOrder : HalfElements<BfloatInOrder> {
-    QAD_INLINE void store_vector(uint16_t *p, F value) { store_bfloat(p, value); }
+struct BfloatInOrder : HalfElements<BfloatInOrder>, Bfloats {
     QAD_INLINE U pair_of(Pair pair) { return high_halves_of(round_bfloat(pair.first), round_bfloat(pair.second)); }
 };
 
 /* The same of what is not subnormal. */
-struct NormalBfloatInOrder : HalfElements<NormalBfloatInOrder> {
-    QAD_INLINE void store_vector(uint16_t *p, F value) { store_bfloat(p, value); }
+struct NormalBfloatInOrder : HalfElements<NormalBfloatInOrder>, Bfloats {
     QAD_INLINE U pair_of(Pair pair) { return bfloats_of(pair.first, pair.second); }
 };
 

@@ -25,7 +25,7 @@ template <int in, int out, int mode> void forward_chunks(const Step &step) {
         const int first = c->first, b = c->block;
         const F scale = set(scales.scale[b]), inverse = set(scales.inverse[b]);
         const Ends ends = {set_words(scales.low[b]), set_words(scales.high[b])};
-        ask<typename From::Stored>(next, first, false);
+        ask<typename From::Stored>(next, first, to_read);
 #pragma GCC unroll 4
         for (int i = 0; i < chunk; i += pair) {
             const Pair moved = move<From, mode>(From::load_pair(values + first + i).times(inverse), random + i);
@@ -56,7 +56,7 @@ QAD_CALLED void look_up_chunks(const Step &step, const LookUp<typename Outputs<i
     for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
         const int first = c->first, b = c->block;
         const typename LookUp<To>::Table table = tables.table_of(set(scales.scale[b]));
-        ask<typename From::Stored>(next, first, false);
+        ask<typename From::Stored>(next, first, to_read);
         const Pair moved = move<From, mode>(From::load_pair(values + first).times(set(scales.inverse[b])), random);
         tables.store_pair(to + first, table, rounding_sum<mode>(moved.first), rounding_sum<mode>(moved.second), past);
         if (draws_elements(mode)) random += chunk;
@@ -80,7 +80,9 @@ template <int in, int out> void (*forward_for(int mode))(const Step &) {
 template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
     typedef typename Outputs<in, out, QAD_NOISE_NONE>::Type To;
     typedef typename To::Stored Target;
-    Walk<in> walk(job);
+    /* Small batches where every one asks early: all lines of one can then be on their way at once. */
+    const bool is_hard = Mode(job.noise).mode == QAD_NOISE_NONE;
+    Walk<in> walk(job, is_hard && !job.scales ? QAD_BATCH / 2 : batch_of<in>());
     const auto hard = forward_for<in, out>(QAD_NOISE_NONE), soft = forward_for<in, out>(walk.mode.mode);
     const int block = job.grid.block;
     Target *const all = (Target *)job.out;
@@ -119,7 +121,6 @@ template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int
             if (past) end_of_stream();
             fill_damaged<out>(to, batch, block, true);
         }
-        if (job.used_scales) memcpy(job.used_scales + batch.block, batch.scales.scale, (size_t)batch.blocks * 4);
     });
     if (past) end_of_stream();
     return damaged;

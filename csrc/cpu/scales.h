@@ -18,16 +18,20 @@ constexpr int most_blocks = QAD_BATCH / 32;
 template <int dtype> constexpr int batch_of() { return dtype == QAD_F32 ? QAD_BATCH / 2 : QAD_BATCH; }
 constexpr uint32_t quiet_nan = 0x7fc00000u;
 
+enum Purpose { to_read, to_write, to_write_later };
+
 /* Ask for memory that will be wanted, a chunk at a time while something else is computed: stages that only compute
  * would else leave the memory idle. To ask for what lies beyond the end is harmless, and so is to ask for too much,
  * where memory holds another dtype than is worked on. */
-template <typename Stored> QAD_INLINE void ask(const char *p, int first, bool to_write) {
+template <typename Stored> QAD_INLINE void ask(const char *p, int first, Purpose purpose) {
     p += first * (int)sizeof(Stored);
     for (int i = 0; i < chunk * (int)sizeof(Stored); i += 64) {
-        if (to_write)
-            __builtin_prefetch(p + i, 1, 2);
-        else
+        if (purpose == to_read)
             __builtin_prefetch(p + i, 0, 3);
+        else if (purpose == to_write)
+            __builtin_prefetch(p + i, 1, 3);
+        else
+            __builtin_prefetch(p + i, 1, 2);
     }
 }
 
@@ -41,16 +45,18 @@ QAD_INLINE U largest_keys(const typename Elements<dtype>::Stored *values, int co
 }
 
 template <int dtype>
-QAD_INLINE void find_largest(const typename Elements<dtype>::Stored *values, int blocks, int block, const char *to_write,
+QAD_INLINE void find_largest(const typename Elements<dtype>::Stored *values, int blocks, int block, const char *asked,
                              typename Elements<dtype>::Key *keys) {
     typedef Elements<dtype> E;
     constexpr int side_by_side = E::per_part * E::parts;
+    /* More lines than there are buffers for would have to wait for one another on their way to the first level. */
+    const Purpose purpose = blocks * block > QAD_BATCH / 2 ? to_write_later : to_write;
     int b = 0;
     for (; b + side_by_side <= blocks; b += side_by_side) {
         U partial[E::parts];
-        if (to_write)
+        if (asked)
             for (int i = 0; i < side_by_side * block; i += chunk)
-                ask<typename E::Stored>(to_write, b * block + i, true);
+                ask<typename E::Stored>(asked, b * block + i, purpose);
         const typename E::Stored *of = values + b * block;
 #pragma GCC unroll 4
         for (int k = 0; k < E::parts; ++k) {
@@ -65,21 +71,15 @@ QAD_INLINE void find_largest(const typename Elements<dtype>::Stored *values, int
     for (; b < blocks; ++b) keys[b] = E::max_key(largest_keys<dtype>(values + b * block, block));
 }
 
-/* The key of each block, padded with zeros to whole vectors, which make no scale large. What will be written meanwhile
- * is asked for; or null. */
+/* The key of each block, padded with zeros to whole vectors. What will be written is `asked` for meanwhile, unless null. */
 template <int dtype>
-QAD_CALLED void find_keys(const typename Elements<dtype>::Stored *values, int blocks, int block, const char *to_write,
-                          uint32_t *keys) {
-    typedef typename Elements<dtype>::Key Key;
-    Key narrow[most_blocks + width], *largest = narrow;
-    if constexpr (sizeof(Key) == 4) largest = keys;
+QAD_CALLED void find_keys(const typename Elements<dtype>::Stored *values, int blocks, int block, const char *asked,
+                          typename Elements<dtype>::Key *keys) {
     if (block == 32) /* the most common, as a constant */
-        find_largest<dtype>(values, blocks, 32, to_write, largest);
+        find_largest<dtype>(values, blocks, 32, asked, keys);
     else
-        find_largest<dtype>(values, blocks, block, to_write, largest);
-    for (int b = blocks; b % width; ++b) largest[b] = 0;
-    if constexpr (sizeof(Key) != 4)
-        for (int b = 0; b < blocks; b += width) store_words(keys + b, Elements<dtype>::widen_keys(largest + b));
+        find_largest<dtype>(values, blocks, block, asked, keys);
+    for (int b = blocks; b % width; ++b) keys[b] = 0;
 }
 
 template <int dtype> QAD_INLINE bool all_finite(const typename Elements<dtype>::Stored *values, int count) {
@@ -93,75 +93,124 @@ struct alignas(64) Scales {
     bool damaged[most_blocks];
     int damaged_count;
     bool in_range; /* absmax scales, none of them cut off: no element lies far beyond the last codes */
+
+    /* Store the scales of a vector of blocks, also to `used` unless that is null. */
+    QAD_MEMBER void put(int b, F value, float *used, int blocks) {
+        store(scale + b, value);
+        store(inverse + b, div(set(1.0f), value));
+        if (!used) return;
+        if (b + width <= blocks)
+            store(used + b, value);
+        else
+            memcpy(used + b, scale + b, (size_t)(blocks - b) * 4);
+    }
+    void make_nan(int b, float *used) {
+        const uint32_t word = quiet_nan;
+        memcpy(scale + b, &word, 4);
+        memcpy(inverse + b, &word, 4);
+        if (used) memcpy(used + b, &word, 4);
+    }
 };
 
-/* What grids can store; a NaN comes out as anything. */
-QAD_INLINE F round_scales(F value, const qad_grid &grid) {
-    const int drop = 24 - grid.scale_bits;
-    const U bits = bit_and(bits_of(value), set_words(0x7fffffffu));
-    const U odd = bit_and(shift_right(bits, drop), set_words(1));
-    const U carried = add_words(bits, add_words(odd, set_words((1u << (drop - 1)) - 1u)));
-    F magnitude = float_of(shift_left(shift_right(carried, drop), drop));
-    magnitude = min_of(set(grid.scale_ceiling), max_of(set(grid.scale_floor), magnitude));
-    if (grid.signed_scale) {
-        const F sign = keep_if(less(value, set(0.0f)), float_of(set_words(0x80000000u)));
-        magnitude = float_of(bit_or(bits_of(magnitude), bits_of(sign)));
+/* How a grid makes scales of magnitudes. */
+struct alignas(64) ScaleRule {
+    U kept, almost_half;
+    F end, floor, ceiling;
+    int drop;
+    bool has_sign, multiplies;
+    uint32_t far_bits; /* beyond this magnitude, a scale may be cut off */
+
+    QAD_CALLED_MEMBER explicit ScaleRule(const qad_grid &grid)
+        : floor(set(grid.scale_floor)), ceiling(set(grid.scale_ceiling)), drop(24 - grid.scale_bits),
+          has_sign(grid.signed_scale != 0) {
+        const float last = (float)(has_sign ? -grid.code_min : grid.code_max), far = 0.5f * grid.scale_ceiling * last;
+        kept = set_words(~0u << drop);
+        almost_half = set_words((1u << (drop - 1)) - 1u);
+        /* Where a product is the quotient, which is faster. */
+        multiplies = last == 8.0f || last == 128.0f;
+        end = set(multiplies ? 1.0f / last : last);
+        memcpy(&far_bits, &far, 4);
     }
-    return magnitude;
+
+    QAD_MEMBER F unrounded(F extreme) const { return multiplies ? mul(extreme, end) : div(extreme, end); }
+    /* What the grid can store; a NaN comes out as anything. */
+    QAD_MEMBER F round(F magnitude) const {
+        const U bits = bits_of(magnitude), odd = bit_and(shift_right(bits, drop), set_words(1));
+        /* The lowest bit decides nothing but whether a tie is one: set, it makes the tie round up. */
+        const U rounded = bit_and(add_words(bit_or(bits, odd), almost_half), kept);
+        return min_of(ceiling, max_of(floor, float_of(rounded)));
+    }
+};
+
+QAD_INLINE F with_sign_if(M m, F magnitude, U sign) {
+    return float_of(bit_or(bits_of(magnitude), bits_of(keep_if(m, float_of(sign)))));
 }
 
-/* From the scales that are given or, if they are null, from the blocks' keys, which may be null if all is finite. */
-QAD_CALLED void find_scales(const uint32_t *keys, const float *given, int blocks, const qad_grid &grid, Scales &out) {
-    float padded[most_blocks + width];
-    if (given) {
-        memcpy(padded, given, (size_t)blocks * 4);
-        for (int b = blocks; b % width; ++b) padded[b] = 1.0f;
-    }
-    const float end = (float)(grid.signed_scale ? grid.code_min : grid.code_max);
-    /* Where a product is the quotient, which is faster. */
-    const float factor = end == -8.0f ? -0x1p-3f : end == -128.0f ? -0x1p-7f : 0.0f;
-    const F zero = set(0.0f), nan = float_of(set_words(quiet_nan));
+/* From the blocks' keys. */
+template <int dtype>
+QAD_CALLED void find_scales(const typename Elements<dtype>::Key *keys, float *used, int blocks, const ScaleRule &shared,
+                            Scales &out) {
+    typedef Elements<dtype> E;
+    const ScaleRule rule = shared;
+    const F zero = set(0.0f);
     U largest = set_words(0);
     for (int b = 0; b < blocks; b += width) {
-        F scale;
-        if (given) {
-            const F value = load(padded + b);
-            scale = choose(less_equal(value, value), round_scales(value, grid), nan);
-        } else {
-            const U key = load_words(keys + b);
-            const U sign = shift_left(bit_xor(key, set_words(1)), 31);
-            U bits = shift_right(key, 1);
-            if (grid.signed_scale) bits = bit_or(bits, sign);
-            const F extreme = float_of(bits);
-            scale = round_scales(factor != 0 ? mul(extreme, set(factor)) : div(extreme, set(end)), grid);
-            /* An infinity minus itself is a NaN. */
-            scale = choose(less_equal(sub(extreme, extreme), zero), scale, nan);
-        }
-        largest = max_words(largest, bit_and(bits_of(scale), set_words(0x7fffffffu)));
-        store(out.scale + b, scale);
-        store(out.inverse + b, div(set(1.0f), scale));
+        const F extreme = E::magnitudes_at(keys + b);
+        largest = max_words(largest, bits_of(extreme));
+        const F exact = rule.unrounded(extreme);
+        F scale = rule.round(exact);
+        /* The largest element becomes the first code, which is negative. */
+        if (rule.has_sign) scale = with_sign_if(less(zero, exact), scale, E::pluses_at(keys + b));
+        out.put(b, scale, used, blocks);
     }
-    const float ceiling = grid.scale_ceiling;
-    uint32_t ceiling_bits;
-    memcpy(&ceiling_bits, &ceiling, 4);
     const uint32_t largest_bits = reduce_max(largest);
-    out.in_range = !given && largest_bits < ceiling_bits;
+    out.in_range = largest_bits < rule.far_bits;
     out.damaged_count = 0;
-    const bool look = given && keys;
-    if (!look && largest_bits < quiet_nan) return;
+    if (largest_bits < 0x7f800000u) return;
     for (int b = 0; b < blocks; ++b) {
-        out.damaged[b] = !(out.scale[b] <= 3.0e38f) || (look && keys[b] >= QAD_KEY_NOT_FINITE);
+        out.damaged[b] = keys[b] >= E::not_finite;
+        if (out.damaged[b]) out.make_nan(b, used);
         out.damaged_count += out.damaged[b];
     }
 }
 
+/* From scales that are given, which are rounded, and from the blocks' keys, unless all of these are finite. */
 template <int dtype>
-QAD_CALLED void find_scales_of(const typename Elements<dtype>::Stored *values, const float *given, int blocks,
-                               const qad_grid &grid, const char *to_write, Scales &out) {
-    uint32_t keys[most_blocks + width];
-    const bool look = !given || !all_finite<dtype>(values, blocks * grid.block);
-    if (look) find_keys<dtype>(values, blocks, grid.block, to_write, keys);
-    find_scales(look ? keys : nullptr, given, blocks, grid, out);
+QAD_CALLED void round_given(const float *given, const typename Elements<dtype>::Key *keys, float *used, int blocks,
+                            const ScaleRule &rule, Scales &out) {
+    float padded[most_blocks + width];
+    memcpy(padded, given, (size_t)blocks * 4);
+    for (int b = blocks; b % width; ++b) padded[b] = 1.0f;
+    U largest = set_words(0);
+    for (int b = 0; b < blocks; b += width) {
+        const F value = load(padded + b), magnitude = float_of(bit_and(bits_of(value), set_words(0x7fffffffu)));
+        largest = max_words(largest, bits_of(magnitude));
+        F scale = rule.round(magnitude);
+        if (rule.has_sign) scale = with_sign_if(less(value, set(0.0f)), scale, set_words(0x80000000u));
+        out.put(b, scale, used, blocks);
+    }
+    out.in_range = false;
+    out.damaged_count = 0;
+    if (!keys && reduce_max(largest) <= 0x7f800000u) return;
+    for (int b = 0; b < blocks; ++b) {
+        const bool number = padded[b] == padded[b];
+        if (!number) out.make_nan(b, used);
+        out.damaged[b] = !number || (keys && keys[b] >= Elements<dtype>::not_finite);
+        out.damaged_count += out.damaged[b];
+    }
+}
+
+/* `used` receives the scales, if it is not null; it may be where they are given. */
+template <int dtype>
+QAD_CALLED void find_scales_of(const typename Elements<dtype>::Stored *values, const float *given, float *used, int blocks,
+                               int block, const ScaleRule &rule, const char *asked, Scales &out) {
+    typename Elements<dtype>::Key keys[most_blocks + width];
+    const bool look = !given || !all_finite<dtype>(values, blocks * block);
+    if (look) find_keys<dtype>(values, blocks, block, asked, keys);
+    if (given)
+        round_given<dtype>(given, look ? keys : nullptr, used, blocks, rule, out);
+    else
+        find_scales<dtype>(keys, used, blocks, rule, out);
 }
 
 /* What an element of each block may become, at least and at most. */

@@ -129,6 +129,7 @@ QAD_INLINE U partial_max(const U *v) {
 }
 QAD_INLINE U finish_max(const U *partial) {
     U half[2];
+#pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
         const U a = partial[2 * i], b = partial[2 * i + 1];
         half[i] = _mm512_max_epu32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xee));
@@ -137,8 +138,10 @@ QAD_INLINE U finish_max(const U *partial) {
 }
 QAD_INLINE U partial_max_halves(const U *v) {
     U a[4], b[2];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
         a[i] = max_halves(_mm512_unpacklo_epi16(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi16(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
         b[i] = max_halves(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
     return max_halves(_mm512_unpacklo_epi64(b[0], b[1]), _mm512_unpackhi_epi64(b[0], b[1]));

@@ -19,17 +19,6 @@
 
 namespace {
 
-/* The weights of the batch after the next, whose scales are being found by then. */
-template <int dtype> QAD_INLINE const char *weights_ahead(const qad_fake_quantize_job &job, int64_t first) {
-    return (const char *)job.weights + size_of(job.weights_dtype) * (first + 2 * batch_of<dtype>());
-}
-
-/* What the next batch writes. This is asked for only where it comes from memory: out of a cache, that gets in the way
- * (of a copy's rate, fp32 forward: 0.97 without and 0.93 with it at 1536 x 576). */
-template <int dtype> QAD_INLINE const char *out_ahead(const qad_fake_quantize_job &job, int64_t first) {
-    return job.streams ? (const char *)job.out + size_of(job.out_dtype) * (first + batch_of<dtype>()) : nullptr;
-}
-
 constexpr int most_chunks = QAD_BATCH / chunk;
 
 struct Chunk {
@@ -106,23 +95,35 @@ template <int dtype> struct Walk {
 
     const qad_fake_quantize_job &job;
     const Mode mode;
+    const ScaleRule rule;
     const Random elements, hardness;
-    const int per_batch;
-    bool asks_early = false; /* for what a batch writes, while the next one's keys are found */
-    Batch batches[2];        /* this one and the next */
-    Chunks all;              /* of a batch that need not be parted */
+    const int batch_size, per_batch; /* elements that are worked on at a time, and blocks of them */
+    bool asks_early = false;         /* for what a batch writes, while the next one's keys are found */
+    Batch batches[2];                /* this one and the next */
+    Chunks all;                      /* of a batch that need not be parted */
     uint16_t hardness_bits[most_drawn];
 
-    QAD_CALLED_MEMBER explicit Walk(const qad_fake_quantize_job &of)
-        : job(of), mode(of.noise),
+    QAD_CALLED_MEMBER explicit Walk(const qad_fake_quantize_job &of, int size = batch_of<dtype>())
+        : job(of), mode(of.noise), rule(of.grid),
           elements(of.noise.seed_low, of.noise.seed_high, of.noise.tensor, of.noise.step, QAD_STREAM_ELEMENT,
                    of.noise.mode == QAD_NOISE_UNIFORM),
           hardness(of.noise.seed_low, of.noise.seed_high, of.noise.tensor, of.noise.step, QAD_STREAM_BLOCK),
-          per_batch(batch_of<dtype>() / of.grid.block) {
+          batch_size(size), per_batch(size / of.grid.block) {
         for (int c = 0; c < most_chunks; ++c) {
             all.list[c] = {(uint16_t)(c * chunk), (uint16_t)(c >> chunks_per_block_log2(of.grid))};
             all.products[c] = product_of_call((uint64_t)c * calls_per_chunk);
         }
+    }
+
+    /* The weights of the batch after the next, whose scales are being found by then. */
+    QAD_MEMBER const char *weights_ahead(const Batch &batch) const {
+        return (const char *)job.weights + size_of(job.weights_dtype) * (batch.element + 2 * batch_size);
+    }
+
+    /* What the next batch writes. This is asked for only where it comes from memory: out of a cache, that gets in the
+     * way (of a copy's rate, fp32 forward: 0.97 without and 0.93 with it at 1536 x 576). */
+    QAD_MEMBER const char *out_ahead(const Batch &batch) const {
+        return job.streams ? (const char *)job.out + size_of(job.out_dtype) * (batch.element + batch_size) : nullptr;
     }
 
     /* Part the chunks of a batch into those with noise and those without. */
@@ -162,10 +163,11 @@ template <int dtype> struct Walk {
                             : (const void *)((const Stored *)job.weights + batch.element);
         /* Outputs are of the weights' dtype then. */
         const char *now = asks_early && block > begin
-                              ? (const char *)job.out + (batch.element - batch_of<dtype>()) * (int)sizeof(Stored)
+                              ? (const char *)job.out + (batch.element - batch_size) * (int)sizeof(Stored)
                               : nullptr;
-        find_scales_of<dtype>((const Stored *)batch.weights, job.scales ? job.scales + block : nullptr, batch.blocks,
-                              job.grid, now, batch.scales);
+        find_scales_of<dtype>((const Stored *)batch.weights, job.scales ? job.scales + block : nullptr,
+                              job.used_scales ? job.used_scales + block : nullptr, batch.blocks, job.grid.block, rule,
+                              now, batch.scales);
         if (mode.hard_below) choose(batch, begin);
     }
 
@@ -174,7 +176,7 @@ template <int dtype> struct Walk {
     void treat(const Batch &batch, void *to, bool past, Hard hard, Soft soft) {
         constexpr int group = group_of<Target>();
         alignas(64) uint16_t random[group * chunk];
-        const char *in = weights_ahead<dtype>(job, batch.element), *out = out_ahead<dtype>(job, batch.element);
+        const char *in = weights_ahead(batch), *out = out_ahead(batch);
         all.count = batch.count / chunk;
         const Chunks &without = mode.hard_below ? batch.hard : all, &with = mode.hard_below ? batch.soft : all;
         if (mode.hard_below || mode.mode == QAD_NOISE_NONE)
@@ -186,7 +188,7 @@ template <int dtype> struct Walk {
                 /* While random numbers keep the arithmetic busy, the memory can fetch what will be written. In 16 bits
                  * that is too little to matter. */
                 if (sizeof(Target) == 4 && !past)
-                    for (int c = 0; c < chunks; ++c) ask<Target>((const char *)to, with.list[k + c].first, true);
+                    for (int c = 0; c < chunks; ++c) ask<Target>((const char *)to, with.list[k + c].first, to_write);
                 fill_random<Elements<dtype>::to_unpack>(random, (uint64_t)batch.element / 8, with.products + k, chunks,
                                                         elements);
             }
