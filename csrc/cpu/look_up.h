@@ -91,6 +91,18 @@ template <> struct LookUp<Elements<QAD_F32>> : ProductTables {
     }
 };
 
+template <> struct LookUp<Elements<QAD_F16>> : ProductTables {
+    using ProductTables::ProductTables;
+
+    QAD_MEMBER void store_pair(uint16_t *p, const Table &table, F first, F second, bool past) const {
+        const Pair pair = table.look_up(first, second);
+        if (past) return stream_words(p, Elements<QAD_F16>::pair_of(pair));
+        /* Apart: to join them would take a place at the port that conversions and tables need. */
+        store_half(p, pair.first);
+        store_half(p + width, pair.second);
+    }
+};
+
 template <> struct LookUp<Elements<QAD_BF16>> : BfloatTables<true> {
     using BfloatTables<true>::BfloatTables;
 };
