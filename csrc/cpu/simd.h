@@ -281,8 +281,10 @@ QAD_INLINE U finish_max(const U *partial) {
 }
 QAD_INLINE U partial_max_halves(const U *v) {
     U a[4], b[2];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
         a[i] = max_halves(_mm256_unpacklo_epi16(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_epi16(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
         b[i] = max_halves(_mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
     return max_halves(_mm256_unpacklo_epi64(b[0], b[1]), _mm256_unpackhi_epi64(b[0], b[1]));
@@ -406,8 +408,11 @@ QAD_INLINE U partial_max(const U *v) { return vpmaxq_u32(vpmaxq_u32(v[0], v[1]),
 QAD_INLINE U finish_max(const U *partial) { return partial[0]; }
 QAD_INLINE U partial_max_halves(const U *v) {
     uint16x8_t a[8];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) a[i] = vreinterpretq_u16_u32(v[i]);
+#pragma GCC unroll 3
     for (int left = 4; left; left /= 2)
+#pragma GCC unroll 4
         for (int i = 0; i < left; ++i) a[i] = vpmaxq_u16(a[2 * i], a[2 * i + 1]);
     return vreinterpretq_u32_u16(a[0]);
 }
