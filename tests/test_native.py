@@ -297,6 +297,31 @@ def test_any_number_of_blocks(rows: int) -> None:
 
 
 @needs_library
+@every_dtype
+@every_grid
+def test_scales_at_the_ends_of_what_they_may_be(grid: Grid, dtype: torch.dtype) -> None:
+    """Largest elements whose quotients underflow to zero, and those that the ceiling cuts off: a call for each block,
+    because one of them decides for all blocks beside it how they are rounded."""
+    end = -grid.code_min if grid.signed_scale else grid.code_max
+    factors = torch.tensor([0.4, 0.5, 0.6, 0.9, 1.0, 1.1, 1.5, 1.7, 1.9, 1.99, 2.0, 2.1, 2.3, 2.6, 3.5, 4.0, 9.0, 99.0])
+    largest = torch.cat([from_bits(*range(1, 12)), factors * end * grid.scale_ceiling])
+    largest = largest.clamp(max=torch.finfo(dtype).max).view(-1, 1)
+    ramp = torch.linspace(-1.0, 1.0, grid.block)
+    weight = torch.cat([largest * ramp, largest * ramp.clamp(min=-0.6), largest * ramp.clamp(max=0.6)]).to(dtype)
+    used = torch.empty(len(weight), 1)
+    expected = fake_quantize(weight, None, grid, HARD, None, used)
+    assert (used.abs() == grid.scale_floor).any()
+    for name in cpu_compiler.instruction_sets():
+        with forced(name):
+            out, got_used = torch.empty_like(weight), torch.empty_like(used)
+            for row in range(len(weight)):
+                rows = slice(row, row + 1)
+                assert native.fake_quantize(weight[rows], None, grid, HARD, out[rows], got_used[rows]) == 0
+            check(got_used, used, f"used scales, {name}")
+            check(out, expected, name)
+
+
+@needs_library
 def test_infinite_and_missing_gradients_stay_where_they_are() -> None:
     """A NaN agrees with a NaN here: which of two comes out of a sum, no standard says."""
     grid = GRIDS["q4_0"]
