@@ -322,6 +322,28 @@ def test_scales_at_the_ends_of_what_they_may_be(grid: Grid, dtype: torch.dtype) 
 
 
 @needs_library
+@every_grid
+def test_scales_next_to_every_tie(grid: Grid) -> None:
+    """Largest elements whose quotient lies halfway between two scales, and their neighbours: there alone a product with
+    the reciprocal of the last code, instead of the quotient, comes to another scale."""
+    end = -grid.code_min if grid.signed_scale else grid.code_max
+    ties = (torch.arange(1 << (grid.scale_bits - 1), 1 << grid.scale_bits) + 0.5) * 2.0**-grid.scale_bits
+    words = bits(ties * end).view(-1, 1) + torch.arange(-2, 3, dtype=torch.int32)
+    largest = words.view(torch.float32).view(-1, 1)
+    largest[::3] *= -1.0
+    weight = torch.zeros(len(largest), grid.block)
+    weight[:, 5:6], weight[:, 6:7] = largest, largest * 0.4
+    used = torch.empty_like(largest)
+    expected = fake_quantize(weight, None, grid, HARD, None, used)
+    for name in cpu_compiler.instruction_sets():
+        with forced(name):
+            out, got_used = torch.empty_like(weight), torch.empty_like(used)
+            assert native.fake_quantize(weight, None, grid, HARD, out, got_used) == 0
+            check(got_used, used, f"used scales, {name}")
+            check(out, expected, name)
+
+
+@needs_library
 def test_infinite_and_missing_gradients_stay_where_they_are() -> None:
     """A NaN agrees with a NaN here: which of two comes out of a sum, no standard says."""
     grid = GRIDS["q4_0"]
