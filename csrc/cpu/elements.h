@@ -77,6 +77,8 @@ template <> struct Elements<QAD_F32> : MovesInOrder {
     }
 
     QAD_INLINE U keys_at(const float *p) { return key_of(load(p)); }
+    /* Keys without what tells a sign: enough to see what is not finite. */
+    QAD_INLINE U signless_keys_at(const float *p) { return add_words(load_words(p), load_words(p)); }
     QAD_INLINE U max_keys(U a, U b) { return max_words(a, b); }
     QAD_INLINE Key max_key(U a) { return reduce_max(a); }
     /* Vectors whose largest keys are found together: in parts, and how many of them. */
@@ -96,6 +98,7 @@ template <typename Self> struct HalfElements {
     QAD_INLINE U keys_at(const uint16_t *p) {
         return bit_xor(rotate_halves_left_1(load_words(p)), set_words(0x00010001u));
     }
+    QAD_INLINE U signless_keys_at(const uint16_t *p) { return add_halves(load_words(p), load_words(p)); }
     QAD_INLINE U max_keys(U a, U b) { return max_halves(a, b); }
     QAD_INLINE Key max_key(U a) { return (Key)(reduce_max(max_halves(a, shift_left(a, 16))) >> 16); }
     static constexpr int per_part = 8, parts = 1;

@@ -83,7 +83,11 @@ QAD_CALLED void find_keys(const typename Elements<dtype>::Stored *values, int bl
 }
 
 template <int dtype> QAD_INLINE bool all_finite(const typename Elements<dtype>::Stored *values, int count) {
-    return Elements<dtype>::max_key(largest_keys<dtype>(values, count)) < Elements<dtype>::not_finite;
+    typedef Elements<dtype> E;
+    U keys = set_words(0);
+    for (int i = 0; i < count; i += 4 * width / (int)sizeof(typename E::Stored))
+        keys = E::max_keys(keys, E::signless_keys_at(values + i));
+    return E::max_key(keys) < E::not_finite;
 }
 
 /* The scales of a batch, and which of its blocks are damaged. Arrays are padded to whole vectors. */

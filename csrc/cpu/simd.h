@@ -92,6 +92,7 @@ QAD_INLINE U shift_right(U a, int n) { return _mm512_srli_epi32(a, (unsigned)n);
 QAD_INLINE U rotate_left_1(U a) { return _mm512_rol_epi32(a, 1); }
 QAD_INLINE U max_words(U a, U b) { return _mm512_max_epu32(a, b); }
 QAD_INLINE U rotate_halves_left_1(U a) { return _mm512_or_si512(_mm512_add_epi16(a, a), _mm512_srli_epi16(a, 15)); }
+QAD_INLINE U add_halves(U a, U b) { return _mm512_add_epi16(a, b); }
 QAD_INLINE U max_halves(U a, U b) { return _mm512_max_epu16(a, b); }
 QAD_INLINE uint32_t halves_below(const uint16_t *p, uint16_t limit) {
     return _mm256_cmplt_epu16_mask(_mm256_loadu_si256((const __m256i *)p), _mm256_set1_epi16((short)limit));
@@ -256,6 +257,7 @@ QAD_INLINE U shift_right(U a, int n) { return _mm256_srli_epi32(a, n); }
 QAD_INLINE U rotate_left_1(U a) { return _mm256_or_si256(_mm256_add_epi32(a, a), _mm256_srli_epi32(a, 31)); }
 QAD_INLINE U max_words(U a, U b) { return _mm256_max_epu32(a, b); }
 QAD_INLINE U rotate_halves_left_1(U a) { return _mm256_or_si256(_mm256_add_epi16(a, a), _mm256_srli_epi16(a, 15)); }
+QAD_INLINE U add_halves(U a, U b) { return _mm256_add_epi16(a, b); }
 QAD_INLINE U max_halves(U a, U b) { return _mm256_max_epu16(a, b); }
 QAD_INLINE U min_halves(U a, U b) { return _mm256_min_epu16(a, b); }
 QAD_INLINE U min_signed_halves(U a, U b) { return _mm256_min_epi16(a, b); }
@@ -388,6 +390,9 @@ QAD_INLINE U rotate_halves_left_1(U a) {
     const uint16x8_t halves = vreinterpretq_u16_u32(a);
     return vreinterpretq_u32_u16(vsraq_n_u16(vaddq_u16(halves, halves), halves, 15));
 }
+QAD_INLINE U add_halves(U a, U b) {
+    return vreinterpretq_u32_u16(vaddq_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b)));
+}
 QAD_INLINE U max_halves(U a, U b) {
     return vreinterpretq_u32_u16(vmaxq_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b)));
 }
@@ -516,6 +521,7 @@ QAD_INLINE U shift_right(U a, int n) { return a >> n; }
 QAD_INLINE U rotate_left_1(U a) { return (a << 1) | (a >> 31); }
 QAD_INLINE U max_words(U a, U b) { return choose_words((U)(a > b), a, b); }
 QAD_INLINE U rotate_halves_left_1(U a) { return (U)(((Halves)a << 1) | ((Halves)a >> 15)); }
+QAD_INLINE U add_halves(U a, U b) { return (U)((Halves)a + (Halves)b); }
 QAD_INLINE U max_halves(U a, U b) { return choose_words((U)((Halves)a > (Halves)b), a, b); }
 QAD_INLINE U min_halves(U a, U b) { return choose_words((U)((Halves)a < (Halves)b), a, b); }
 QAD_INLINE U min_signed_halves(U a, U b) { return choose_words((U)((SignedHalves)a < (SignedHalves)b), a, b); }
