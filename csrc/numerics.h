@@ -1,4 +1,5 @@
-/* The arithmetic that CPU and CUDA kernels share, one number at a time: scale rounding and counter-based random bits.
+/* The arithmetic of the kernels one number at a time, as CUDA runs it: scale rounding and counter-based random bits; the
+ * CPU has it in vectors, and shares the constants.
  * Source of the generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. */
 #ifndef QAD_NUMERICS_H
 #define QAD_NUMERICS_H

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int most_blocks = QAD_BATCH / 32;
 
-/* Elements that are worked on at a time. */
+/* Elements that are worked on at a time, at most. */
 template <int dtype> constexpr int batch_of() { return dtype == QAD_F32 ? QAD_BATCH / 2 : QAD_BATCH; }
 constexpr uint32_t quiet_nan = 0x7fc00000u;
 
@@ -90,7 +90,7 @@ template <int dtype> QAD_INLINE bool all_finite(const typename Elements<dtype>::
     return E::max_key(keys) < E::not_finite;
 }
 
-/* The scales of a batch, and which of its blocks are damaged. Arrays are padded to whole vectors. */
+/* The scales of a batch, and which of its blocks are damaged. Arrays of numbers are padded to whole vectors. */
 struct alignas(64) Scales {
     float scale[most_blocks + width], inverse[most_blocks + width];
     uint32_t low[most_blocks + width], high[most_blocks + width]; /* see Ends */
@@ -122,7 +122,9 @@ struct alignas(64) ScaleRule {
     F end, floor, ceiling;
     int drop;
     bool has_sign, multiplies;
-    uint32_t far_bits; /* beyond this magnitude, a scale may be cut off */
+    /* At this magnitude or beyond it, a scale may be cut off: half of what the ceiling allows, to be on the safe side
+     * of rounding; or infinity, where that overflows. */
+    uint32_t far_bits;
 
     QAD_CALLED_MEMBER explicit ScaleRule(const qad_grid &grid)
         : floor(set(grid.scale_floor)), ceiling(set(grid.scale_ceiling)), drop(24 - grid.scale_bits),
