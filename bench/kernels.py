@@ -3,8 +3,9 @@
     python bench/kernels.py [--device cpu|cuda] [--threads 1] [--json OUT.json] [--plot OUT.png]
 
 Each figure is the best of several rounds in which every contender has its turn, so that a neighbour on a shared machine
-slows all of them alike. The yardstick is a copy of the weight in the same process: GB/s are the bytes that an operation
-must move, read and written, whatever it moves in fact.
+slows all of them alike. GB/s are the bytes that an operation must move, read and written, whatever it moves in fact.
+There are two yardsticks, measured in the same process and the same rounds: a copy of the weight itself, which runs as
+fast as the cache that the weight fits, and a copy of what fits no cache, which runs as fast as the memory.
 
 Rivals of the forward pass without noise: the same formula in eager torch into memory that stays mapped (by default
 each of its temporaries costs a page fault per 4 KiB), the same formula under torch.compile, torchao's fake quantizer
@@ -49,6 +50,7 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp16": (torch.float16, torch.float16),
 }
+MEMORY_ELEMENTS = 1 << 25  # of a copy that no cache holds
 Rivals = dict[str, Callable[[Tensor, torch.dtype], object]]
 FORWARDS = {
     "forward": HARD,
@@ -67,7 +69,8 @@ class Row:
         operation, shape, dtype: Which; the dtype as ``DTYPES`` names it.
         milliseconds: Best time of a call.
         gigabytes_per_s: Bytes that must move over that time.
-        copy_share: The same as a share of the copy's.
+        copy_share: The same as a share of that of a copy of the weight.
+        memory_share: The same as a share of that of a copy out of memory.
         faster_than: Time of each rival over ours.
     """
 
@@ -77,6 +80,7 @@ class Row:
     milliseconds: float
     gigabytes_per_s: float
     copy_share: float
+    memory_share: float
     faster_than: dict[str, float]
 
 
@@ -227,15 +231,19 @@ def measure(grid: Grid, shape: str, dtype: str, device: torch.device, rounds: in
     )
     calls["quantize"] = (lambda: kernels.quantize(weight, None, grid, codes, stored), read + 1)
     calls["dequantize"] = (lambda: kernels.dequantize(codes, stored, grid, out), written + 1)
+    large = torch.ones(MEMORY_ELEMENTS, dtype=kind, device=device)  # not zeros, which are one page mapped many times
+    landing = torch.empty_like(large, dtype=out_kind)
     contenders = {name: call for name, (call, _) in calls.items()}
+    contenders["copy out of memory"] = lambda: landing.copy_(large)
     contenders |= {name: lambda rival=rival: rival(weight, out_kind) for name, rival in others.items()}
     times = watch.best(contenders, rounds)
     copy_rate = calls["copy"][1] * weight.numel() / times["copy"] / 1e9
+    memory_rate = calls["copy"][1] * MEMORY_ELEMENTS / times["copy out of memory"] / 1e9
     for name, (_, per_element) in calls.items():
         extra = 0 if name == "copy" else 4 * blocks
         rate = (per_element * weight.numel() + extra) / times[name] / 1e9
         faster = {rival: times[rival] / times[name] for rival in others} if name == "forward" else {}
-        yield Row(name, shape, dtype, times[name] * 1e3, rate, rate / copy_rate, faster)
+        yield Row(name, shape, dtype, times[name] * 1e3, rate, rate / copy_rate, rate / memory_rate, faster)
 
 
 def commit() -> str:
@@ -351,7 +359,9 @@ def main() -> None:
         print(f"{name:10} {fact}")
     for line in missing:
         print(f"not run    {line}")
-    print(f"\n{'shape':30} {'dtype':9} {'operation':34} {'ms':>8} {'GB/s':>7} {'of copy':>8}  times faster than")
+    print(
+        f"\n{'shape':30} {'dtype':9} {'operation':34} {'ms':>8} {'GB/s':>7} {'of copy':>8} {'of memory':>9}  times faster than"
+    )
     rows: list[Row] = []
     for shape, dtype in cases:
         for row in measure(grid, shape, dtype, device, arguments.rounds, others):
@@ -361,7 +371,7 @@ def main() -> None:
             faster = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row.faster_than.items())
             print(
                 f"{row.shape:30} {row.dtype:9} {row.operation:34} {row.milliseconds:8.3f} "
-                f"{row.gigabytes_per_s:7.1f} {row.copy_share:8.2f}  {faster}",
+                f"{row.gigabytes_per_s:7.1f} {row.copy_share:8.2f} {row.memory_share:9.2f}  {faster}",
                 flush=True,
             )
     if arguments.json:

@@ -43,8 +43,8 @@ enum qad_divergence { QAD_KL_FORWARD = 0, QAD_KL_REVERSE = 1, QAD_KL_JSD = 2 };
 typedef struct {
     int32_t bits;
     int32_t block;
-    int32_t code_min;
-    int32_t code_max;
+    int32_t code_min; /* less than 0 */
+    int32_t code_max; /* more than 0 */
     int32_t signed_scale;
     int32_t scale_bits; /* 2 to 11 */
     float scale_floor; /* 2^-64 or more: no product of a code and a scale is subnormal */

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from qad import native
 
 SCRIPT = Path(__file__).parents[1] / "bench/kernels.py"
@@ -31,6 +33,10 @@ def test_figures_of_every_operation(tmp_path: Path) -> None:
         assert f" {row['operation']} " in done.stdout
         moved = row["gigabytes_per_s"] * row["milliseconds"] * 1e6
         assert 3 * 576 * 576 - 1 < moved < 7 * 576 * 576
+    copy, *others = record["rows"]
+    assert copy["copy_share"] == 1.0
+    for row in others:  # one rate against two others
+        assert row["copy_share"] / row["memory_share"] == pytest.approx(1 / copy["memory_share"])
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -172,6 +172,19 @@ struct NormalBfloatInOrder : HalfElements<NormalBfloatInOrder>, Bfloats {
     QAD_INLINE U pair_of(Pair pair) { return bfloats_of(pair.first, pair.second); }
 };
 
+#ifdef QAD_HAS_BFLOATS
+/* bf16 that becomes bf16, in the order in which unpack takes it apart: to round two vectors by one instruction and to put
+ * them in order by another takes less than to round and to join them where they are. */
+struct UnpackedBfloat : HalfElements<UnpackedBfloat>, Bfloats, MovesInOrder {
+    QAD_INLINE Pair load_pair(const uint16_t *p) {
+        U words[2];
+        unpack(load_words(p), set_words(0), words);
+        return {float_of(words[0]), float_of(words[1])};
+    }
+    QAD_INLINE U pair_of(Pair pair) { return pack_again(bfloats_of(pair.first, pair.second)); }
+};
+#endif
+
 /* How to store what was loaded as Elements<in>. With noise, a code times its scale is 0 or at least 2^-41 of it, and a
  * scale is no less than 2^-64; but a code may be any fraction if nothing is rounded. */
 template <int in, int out, int mode> struct Outputs {
@@ -183,6 +196,19 @@ template <int mode> struct Outputs<QAD_F32, QAD_BF16, mode> {
 template <> struct Outputs<QAD_F32, QAD_BF16, QAD_NOISE_PARTIAL> {
     typedef BfloatInOrder Type;
 };
+
+/* How to load what is stored as that. */
+template <int in, int out, int mode> struct Inputs {
+    typedef Elements<in> Type;
+};
+#ifdef QAD_HAS_BFLOATS
+template <> struct Outputs<QAD_BF16, QAD_BF16, QAD_NOISE_UNIFORM> {
+    typedef UnpackedBfloat Type;
+};
+template <> struct Inputs<QAD_BF16, QAD_BF16, QAD_NOISE_UNIFORM> {
+    typedef UnpackedBfloat Type;
+};
+#endif
 
 QAD_INLINE int size_of(int dtype) { return dtype == QAD_F32 ? 4 : 2; }
 

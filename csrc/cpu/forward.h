@@ -13,7 +13,7 @@
 namespace {
 
 template <int in, int out, int mode> void forward_chunks(const Step &step) {
-    typedef Elements<in> From;
+    typedef typename Inputs<in, out, mode>::Type From;
     typedef typename Outputs<in, out, mode>::Type To;
     const typename From::Stored *values = (const typename From::Stored *)step.batch.weights;
     typename To::Stored *to = (typename To::Stored *)step.to;
@@ -25,7 +25,8 @@ template <int in, int out, int mode> void forward_chunks(const Step &step) {
         const int first = c->first, b = c->block;
         const F scale = set(scales.scale[b]), inverse = set(scales.inverse[b]);
         const Ends ends = {set_words(scales.low[b]), set_words(scales.high[b])};
-        ask<typename From::Stored>(next, first, to_read);
+        ask<typename From::Stored>(next, 0, to_read);
+        next += chunk * sizeof(typename From::Stored);
 #pragma GCC unroll 4
         for (int i = 0; i < chunk; i += pair) {
             const Pair moved = move<From, mode>(From::load_pair(values + first + i).times(inverse), random + i);
@@ -56,7 +57,8 @@ QAD_CALLED void look_up_chunks(const Step &step, const LookUp<typename Outputs<i
     for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
         const int first = c->first, b = c->block;
         const typename LookUp<To>::Table table = tables.table_of(set(scales.scale[b]));
-        ask<typename From::Stored>(next, first, to_read);
+        ask<typename From::Stored>(next, 0, to_read);
+        next += chunk * sizeof(typename From::Stored);
         const Pair moved = move<From, mode>(From::load_pair(values + first).times(set(scales.inverse[b])), random);
         tables.store_pair(to + first, table, rounding_sum<mode>(moved.first), rounding_sum<mode>(moved.second), past);
         if (draws_elements(mode)) random += chunk;

@@ -36,8 +36,8 @@ template <int mode> void learn_chunks(const Step &step, const qad_grid &grid, fl
             if (draws_elements(mode)) random += pair;
         }
         for (int i = 0; i < grid.block; i += chunk) {
-            ask<float>(step.weights_ahead, first + i, to_read);
-            if (step.out_ahead) ask<float>(step.out_ahead, first + i, to_write);
+            ask<float>(step.weights_ahead, k * chunk + i, to_read);
+            if (step.out_ahead) ask<float>(step.out_ahead, k * chunk + i, to_write);
         }
         for (; count > 1; count /= 2)
             for (int i = 0; i < count / 2; ++i) products[i] = add(products[i], products[i + count / 2]);

@@ -108,12 +108,6 @@ struct alignas(64) Scales {
         else
             memcpy(used + b, scale + b, (size_t)(blocks - b) * 4);
     }
-    void make_nan(int b, float *used) {
-        const uint32_t word = quiet_nan;
-        memcpy(scale + b, &word, 4);
-        memcpy(inverse + b, &word, 4);
-        if (used) memcpy(used + b, &word, 4);
-    }
 };
 
 /* How a grid makes scales of magnitudes. */
@@ -175,7 +169,7 @@ QAD_CALLED void find_scales(const typename Elements<dtype>::Key *keys, float *us
     if (largest_bits < 0x7f800000u) return;
     for (int b = 0; b < blocks; ++b) {
         out.damaged[b] = keys[b] >= E::not_finite;
-        if (out.damaged[b]) out.make_nan(b, used);
+        if (out.damaged[b] && used) memcpy(used + b, &quiet_nan, 4);
         out.damaged_count += out.damaged[b];
     }
 }
@@ -200,7 +194,7 @@ QAD_CALLED void round_given(const float *given, const typename Elements<dtype>::
     if (!keys && reduce_max(largest) <= 0x7f800000u) return;
     for (int b = 0; b < blocks; ++b) {
         const bool number = padded[b] == padded[b];
-        if (!number) out.make_nan(b, used);
+        if (!number && used) memcpy(used + b, &quiet_nan, 4);
         out.damaged[b] = !number || (keys && keys[b] >= Elements<dtype>::not_finite);
         out.damaged_count += out.damaged[b];
     }

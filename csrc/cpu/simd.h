@@ -190,6 +190,10 @@ QAD_INLINE U high_halves_of(U a, U b) {
     return _mm512_permutex2var_epi16(a, high, b);
 }
 #ifdef QAD_HAS_BFLOATS
+/* Halves that come one vector after the other, into the order in which unpack takes them apart. */
+QAD_INLINE U pack_again(U halves) {
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), halves);
+}
 QAD_INLINE U bfloats_of(F a, F b) { return (U)_mm512_cvtne2ps_pbh(b, a); }
 #endif
 QAD_INLINE F load_codes(const int8_t *p) {
