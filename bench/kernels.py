@@ -360,7 +360,8 @@ def main() -> None:
     for line in missing:
         print(f"not run    {line}")
     print(
-        f"\n{'shape':30} {'dtype':9} {'operation':34} {'ms':>8} {'GB/s':>7} {'of copy':>8} {'of memory':>9}  times faster than"
+        f"\n{'shape':30} {'dtype':9} {'operation':34} {'ms':>8} {'GB/s':>7} {'of copy':>8} {'of memory':>9}  "
+        "times faster than"
     )
     rows: list[Row] = []
     for shape, dtype in cases:

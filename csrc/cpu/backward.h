@@ -18,7 +18,8 @@ struct Inside {
 };
 
 template <int dtype>
-void mask_batch(const Batch &batch, void *to, const qad_grid &grid, const char *weights_ahead, const char *out_ahead) {
+void mask_batch(const Batch &batch, void *to, const qad_grid &grid, const char *weights_ahead, const char *out_ahead,
+                bool far) {
     typedef Elements<dtype> E;
     const Inside inside(grid);
     const typename E::Stored *values = (const typename E::Stored *)batch.weights;
@@ -26,7 +27,7 @@ void mask_batch(const Batch &batch, void *to, const qad_grid &grid, const char *
     const int more = chunks_per_block_log2(grid), chunks = batch.count / chunk;
     for (int c = 0; c < chunks; ++c) {
         const F inverse = set(batch.scales.inverse[c >> more]);
-        ask<typename E::Stored>(weights_ahead, c * chunk, to_read);
+        ask_for_weights<typename E::Stored>(weights_ahead, c * chunk, far);
         if (out_ahead) ask<typename E::Stored>(out_ahead, c * chunk, to_write);
 #pragma GCC unroll 4
         for (int i = c * chunk; i < (c + 1) * chunk; i += pair) {
@@ -43,7 +44,8 @@ template <int dtype> int64_t mask(const qad_fake_quantize_job &job, int64_t begi
         void *grad = dtype == QAD_F32
                          ? (void *)load_elements(job.out, job.out_dtype, batch.element, batch.count, staged)
                          : (void *)((typename Elements<dtype>::Stored *)job.out + batch.element);
-        mask_batch<dtype>(batch, grad, job.grid, walk.weights_ahead(batch), walk.out_ahead(batch));
+        mask_batch<dtype>(batch, grad, job.grid, walk.weights_ahead(batch), walk.out_ahead(batch),
+                          job.reads_far);
         if (batch.scales.damaged_count) fill_damaged<dtype>(grad, batch, job.grid.block, false);
         if (dtype != job.out_dtype) store_elements(job.out, job.out_dtype, batch.element, batch.count, (float *)grad);
     });

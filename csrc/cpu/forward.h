@@ -20,12 +20,12 @@ template <int in, int out, int mode> void forward_chunks(const Step &step) {
     const Scales &scales = step.batch.scales;
     const uint16_t *random = step.random;
     const char *next = step.weights_ahead;
-    const bool past = step.past;
+    const bool past = step.past, far = step.far;
     for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
         const int first = c->first, b = c->block;
         const F scale = set(scales.scale[b]), inverse = set(scales.inverse[b]);
         const Ends ends = {set_words(scales.low[b]), set_words(scales.high[b])};
-        ask<typename From::Stored>(next, 0, to_read);
+        ask_for_weights<typename From::Stored>(next, 0, far);
         next += chunk * sizeof(typename From::Stored);
 #pragma GCC unroll 4
         for (int i = 0; i < chunk; i += pair) {
@@ -52,12 +52,12 @@ QAD_CALLED void look_up_chunks(const Step &step, const LookUp<typename Outputs<i
     const Scales &scales = step.batch.scales;
     const uint16_t *random = step.random;
     const char *next = step.weights_ahead;
-    const bool past = step.past;
+    const bool past = step.past, far = step.far;
     const LookUp<To> tables = look_up;
     for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
         const int first = c->first, b = c->block;
         const typename LookUp<To>::Table table = tables.table_of(set(scales.scale[b]));
-        ask<typename From::Stored>(next, 0, to_read);
+        ask_for_weights<typename From::Stored>(next, 0, far);
         next += chunk * sizeof(typename From::Stored);
         const Pair moved = move<From, mode>(From::load_pair(values + first).times(set(scales.inverse[b])), random);
         tables.store_pair(to + first, table, rounding_sum<mode>(moved.first), rounding_sum<mode>(moved.second), past);

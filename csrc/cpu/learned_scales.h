@@ -36,7 +36,7 @@ template <int mode> void learn_chunks(const Step &step, const qad_grid &grid, fl
             if (draws_elements(mode)) random += pair;
         }
         for (int i = 0; i < grid.block; i += chunk) {
-            ask<float>(step.weights_ahead, k * chunk + i, to_read);
+            ask_for_weights<float>(step.weights_ahead, k * chunk + i, step.far);
             if (step.out_ahead) ask<float>(step.out_ahead, k * chunk + i, to_write);
         }
         for (; count > 1; count /= 2)

@@ -18,7 +18,7 @@ constexpr int most_blocks = QAD_BATCH / 32;
 template <int dtype> constexpr int batch_of() { return dtype == QAD_F32 ? QAD_BATCH / 2 : QAD_BATCH; }
 constexpr uint32_t quiet_nan = 0x7fc00000u;
 
-enum Purpose { to_read, to_write, to_write_later };
+enum Purpose { to_read, to_read_later, to_write, to_write_later };
 
 /* Ask for memory that will be wanted, a chunk at a time while something else is computed: stages that only compute
  * would else leave the memory idle. To ask for what lies beyond the end is harmless, and so is to ask for too much,
@@ -28,6 +28,8 @@ template <typename Stored> QAD_INLINE void ask(const char *p, int first, Purpose
     for (int i = 0; i < chunk * (int)sizeof(Stored); i += 64) {
         if (purpose == to_read)
             __builtin_prefetch(p + i, 0, 3);
+        else if (purpose == to_read_later)
+            __builtin_prefetch(p + i, 0, 2);
         else if (purpose == to_write)
             __builtin_prefetch(p + i, 1, 3);
         else

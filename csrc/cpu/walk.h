@@ -55,7 +55,12 @@ struct Step {
     /* For the first chunk, and then one after the other, in the order of memory and not of the list: processors that
      * foresee streams fetch more at a time then (half hard, out of memory, on a Zen 4: 346 ps an element instead of 439). */
     const char *weights_ahead, *out_ahead;
+    bool far; /* what is ahead is wanted later: see ask_for_weights */
 };
+
+template <typename Stored> QAD_INLINE void ask_for_weights(const char *p, int first, bool far) {
+    ask<Stored>(p, first, far ? to_read_later : to_read);
+}
 
 /* How the noise of a job works out. */
 struct Mode {
@@ -117,9 +122,10 @@ template <int dtype> struct Walk {
         }
     }
 
-    /* The weights of the batch after the next, whose scales are being found by then. */
+    /* The weights of the batch after the next, whose scales will be found first; or of the one after that. */
     QAD_MEMBER const char *weights_ahead(const Batch &batch) const {
-        return (const char *)job.weights + size_of(job.weights_dtype) * (batch.element + 2 * batch_size);
+        const int batches = job.reads_far ? 3 : 2;
+        return (const char *)job.weights + size_of(job.weights_dtype) * (batch.element + batches * batch_size);
     }
 
     /* What the next batch writes. This is asked for only where it comes from memory: out of a cache, that gets in the
@@ -182,7 +188,7 @@ template <int dtype> struct Walk {
         all.count = batch.count / chunk;
         const Chunks &without = mode.hard_below ? batch.hard : all, &with = mode.hard_below ? batch.soft : all;
         if (mode.hard_below || mode.mode == QAD_NOISE_NONE)
-            hard(Step{batch, without.list, without.count, random, to, past, in, out});
+            hard(Step{batch, without.list, without.count, random, to, past, in, out, job.reads_far});
         if (mode.mode == QAD_NOISE_NONE) return;
         if (mode.hard_below) {
             in += without.count * chunk * (int)sizeof(Stored);
@@ -198,7 +204,7 @@ template <int dtype> struct Walk {
                 fill_random<Elements<dtype>::to_unpack>(random, (uint64_t)batch.element / 8, with.products + k, chunks,
                                                         elements);
             }
-            soft(Step{batch, with.list + k, chunks, random, to, past, in, out});
+            soft(Step{batch, with.list + k, chunks, random, to, past, in, out, job.reads_far});
             in += chunks * chunk * (int)sizeof(Stored);
             if (out) out += chunks * chunk * (int)sizeof(Target);
         }
