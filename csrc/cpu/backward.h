@@ -45,7 +45,7 @@ template <int dtype> int64_t mask(const qad_fake_quantize_job &job, int64_t begi
                          ? (void *)load_elements(job.out, job.out_dtype, batch.element, batch.count, staged)
                          : (void *)((typename Elements<dtype>::Stored *)job.out + batch.element);
         mask_batch<dtype>(batch, grad, job.grid, walk.weights_ahead(batch), walk.out_ahead(batch),
-                          job.reads_far);
+                          job.many_lines);
         if (batch.scales.damaged_count) fill_damaged<dtype>(grad, batch, job.grid.block, false);
         if (dtype != job.out_dtype) store_elements(job.out, job.out_dtype, batch.element, batch.count, (float *)grad);
     });

@@ -25,7 +25,7 @@ struct qad_fake_quantize_job {
     qad_grid grid;
     qad_noise noise;
     bool streams; /* more than the caches hold: worth asking for memory ahead of its use */
-    bool reads_far; /* and to ask for weights earlier and for the second-level cache: see reads_far_ahead */
+    bool many_lines; /* and to ask for more of it at a time: see has_many_lines */
 };
 
 struct qad_divergence_job {

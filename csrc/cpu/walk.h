@@ -92,8 +92,8 @@ template <int dtype> void fill_damaged(void *to, const Batch &batch, int block, 
 /* Blocks for which random numbers are drawn at a time. */
 constexpr int most_drawn = 256;
 
-/* Chunks for which random numbers are drawn at a time; where fp32 is written fewer, because its lines are asked for at
- * the same time, and only so many can be on their way. */
+/* Chunks for which random numbers are drawn at a time, or half as many as at most; where fp32 is written fewer, because its
+ * lines are asked for at the same time, and only so many can be on their way. */
 template <typename Target> constexpr int group_of() { return sizeof(Target) == 4 ? 8 : 16; }
 
 /* A job, and what it takes to walk over its batches. */
@@ -124,7 +124,7 @@ template <int dtype> struct Walk {
 
     /* The weights of the batch after the next, whose scales will be found first; or of the one after that. */
     QAD_MEMBER const char *weights_ahead(const Batch &batch) const {
-        const int batches = job.reads_far ? 3 : 2;
+        const int batches = job.many_lines ? 3 : 2;
         return (const char *)job.weights + size_of(job.weights_dtype) * (batch.element + batches * batch_size);
     }
 
@@ -182,13 +182,14 @@ template <int dtype> struct Walk {
     /* Call hard and soft for the chunks of a batch, soft for a group at a time. They store Targets at `to`. */
     template <typename Target, typename Hard, typename Soft>
     void treat(const Batch &batch, void *to, bool past, Hard hard, Soft soft) {
-        constexpr int group = group_of<Target>();
-        alignas(64) uint16_t random[group * chunk];
+        constexpr int most = 2 * group_of<Target>();
+        alignas(64) uint16_t random[most * chunk];
+        const int group = job.many_lines ? most : most / 2;
         const char *in = weights_ahead(batch), *out = out_ahead(batch);
         all.count = batch.count / chunk;
         const Chunks &without = mode.hard_below ? batch.hard : all, &with = mode.hard_below ? batch.soft : all;
         if (mode.hard_below || mode.mode == QAD_NOISE_NONE)
-            hard(Step{batch, without.list, without.count, random, to, past, in, out, job.reads_far});
+            hard(Step{batch, without.list, without.count, random, to, past, in, out, job.many_lines});
         if (mode.mode == QAD_NOISE_NONE) return;
         if (mode.hard_below) {
             in += without.count * chunk * (int)sizeof(Stored);
@@ -204,7 +205,7 @@ template <int dtype> struct Walk {
                 fill_random<Elements<dtype>::to_unpack>(random, (uint64_t)batch.element / 8, with.products + k, chunks,
                                                         elements);
             }
-            soft(Step{batch, with.list + k, chunks, random, to, past, in, out, job.reads_far});
+            soft(Step{batch, with.list + k, chunks, random, to, past, in, out, job.many_lines});
             in += chunks * chunk * (int)sizeof(Stored);
             if (out) out += chunks * chunk * (int)sizeof(Target);
         }
