@@ -34,13 +34,6 @@ bool ask_for_bf16() {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
 }
 const bool has_bf16 = ask_for_bf16();
-
-/* Whether the processor is faster if weights are asked for a batch earlier and for the second-level cache, and if groups of
- * chunks are twice as large. A Zen 4 is, out of memory, in ps an element: the former made fp32 with uniform noise 358 from
- * 402 and fp32 to bf16 without noise 206 from 272 (4096 x 4096), the latter the noise 309 from 347 (49152 x 576). */
-bool has_many_lines() { return __builtin_cpu_is("amd"); }
-#else
-bool has_many_lines() { return false; }
 #endif
 
 const qad_kernels *kernels_for(int isa) {
@@ -116,12 +109,27 @@ int64_t split(const Job *job, int64_t (*work)(const Job *, int64_t, int64_t), in
     return total;
 }
 
-/* Weights of which not even a large cache holds much: 8M elements. */
-const int64_t STREAMING_ELEMENTS = 1 << 23;
+/* Weights of which not even a large cache holds much: 8M elements. (Tests want it for small ones.) */
+#ifndef QAD_STREAMING_ELEMENTS
+#define QAD_STREAMING_ELEMENTS (1 << 23)
+#endif
+
+/* Whether the processor is faster if weights are asked for a batch earlier and for the second-level cache, and if groups of
+ * chunks are twice as large. A Zen 4 is, out of memory, in ps an element: the former made fp32 with uniform noise 358 from
+ * 402 and fp32 to bf16 without noise 206 from 272 (4096 x 4096), the latter the noise 309 from 347 (49152 x 576). */
+bool has_many_lines() {
+#if defined(QAD_MANY_LINES) /* by a test */
+    return QAD_MANY_LINES;
+#elif defined(QAD_HAVE_X86)
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
 
 int64_t split_blocks(qad_fake_quantize_job &job, int64_t (*work)(const qad_fake_quantize_job *, int64_t, int64_t),
                      int64_t blocks, int threads) {
-    job.streams = blocks * job.grid.block >= STREAMING_ELEMENTS;
+    job.streams = blocks * job.grid.block >= QAD_STREAMING_ELEMENTS;
     job.many_lines = job.streams && has_many_lines();
     return split(&job, work, blocks, QAD_BATCH / job.grid.block, ELEMENTS_PER_THREAD / job.grid.block, threads);
 }
