@@ -118,8 +118,7 @@ class ChunkLogits:
         others = {other for other in (head_VD.dtype, teacher_dtype) if other is not None and other != dtype}
         per_token = dtype.itemsize * models + sum(other.itemsize for other in others)
         # A quarter of the chunk is left to the gradient of the hidden states and to what matrix products pack, so that
-        # all of them stay within it. (What products pack depends on the processor: next to nothing on an Intel, 5 MiB on
-        # an AMD.)
+        # all of them stay within it. (MKL packs next to nothing on an Intel and 5 MiB on an AMD.)
         self.tokens = max(1, min(tokens, chunk_tokens * dtype.itemsize * 3 // 4 // per_token))
         rows_CV = torch.empty(models * self.tokens, vocabulary, dtype=dtype, device=device)
         self._student_CV, self._teacher_CV = rows_CV[: self.tokens], rows_CV[self.tokens :]
