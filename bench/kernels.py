@@ -271,7 +271,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def draw(rows: list[Row], path: Path, title: str) -> None:
-    """Draw each operation's share of the copy rate, one panel per dtype and one bar per shape."""
+    """Draw each operation's share of the copy rate, one panel per dtype and one bar per shape, memory's rate ticked."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -289,6 +289,10 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
             share = {row.operation: row.copy_share for row in rows if row.dtype == dtype and row.shape == shape}
             places = [position + (index - (len(shapes) - 1) / 2) * height for position in range(len(operations))]
             panel.barh(places, [share.get(name, 0.0) for name in operations], height=height, label=shape)
+            copy = next(row for row in rows if (row.dtype, row.shape, row.operation) == (dtype, shape, "copy"))
+            label = "as fast as the memory copies" if index == len(shapes) - 1 else None
+            at = [1 / copy.memory_share] * len(places)
+            panel.scatter(at, places, marker="|", s=12, linewidths=0.8, color="black", zorder=3, label=label)
         panel.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
         panel.set_title(dtype)
         panel.set_xlabel("GB/s as a share of a copy")
