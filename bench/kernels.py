@@ -1,11 +1,13 @@
-"""How fast the kernels are: against a copy of the same bytes, and against what others use for the same work.
+"""How fast the kernels are: against copies, and against what others use for the same work.
 
     python bench/kernels.py [--device cpu|cuda] [--threads 1] [--json OUT.json] [--plot OUT.png]
 
 Each figure is the best of several rounds in which every contender has its turn, so that a neighbour on a shared machine
 slows all of them alike. GB/s are the bytes that an operation must move, read and written, whatever it moves in fact.
-There are two yardsticks, measured in the same process and the same rounds: a copy of the weight itself, which runs as
-fast as the cache that the weight fits, and a copy of what fits no cache, which runs as fast as the memory.
+There are two yardsticks, measured in the same process and the same rounds, of the same dtypes and by torch: a copy of
+the weight itself ("/copy"), which runs as fast as the cache that the weight fits, and a copy of 256 MiB ("/memory"),
+which runs as fast as the memory. For a large weight the two are alike; a small one, in a cache, can be several times as
+fast as the memory.
 
 Rivals of the forward pass without noise: the same formula in eager torch into memory that stays mapped (by default
 each of its temporaries costs a page fault per 4 KiB), the same formula under torch.compile, torchao's fake quantizer
@@ -50,7 +52,7 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp16": (torch.float16, torch.float16),
 }
-MEMORY_ELEMENTS = 1 << 25  # of a copy that no cache holds
+MEMORY_BYTES = 1 << 28  # that are read for a copy which no cache holds
 Rivals = dict[str, Callable[[Tensor, torch.dtype], object]]
 FORWARDS = {
     "forward": HARD,
@@ -66,7 +68,7 @@ class Row:
     """One operation on one tensor.
 
     Attributes:
-        operation, shape, dtype: Which; the dtype as ``DTYPES`` names it.
+        operation, shape, dtype: Which; the dtype as ``DTYPES`` names it. A copy out of memory has a shape of its own.
         milliseconds: Best time of a call.
         gigabytes_per_s: Bytes that must move over that time.
         copy_share: The same as a share of that of a copy of the weight.
@@ -231,19 +233,24 @@ def measure(grid: Grid, shape: str, dtype: str, device: torch.device, rounds: in
     )
     calls["quantize"] = (lambda: kernels.quantize(weight, None, grid, codes, stored), read + 1)
     calls["dequantize"] = (lambda: kernels.dequantize(codes, stored, grid, out), written + 1)
-    large = torch.ones(MEMORY_ELEMENTS, dtype=kind, device=device)  # not zeros, which are one page mapped many times
+    # Not zeros, which are one page mapped many times.
+    large = torch.ones(MEMORY_BYTES // read, dtype=kind, device=device)
     landing = torch.empty_like(large, dtype=out_kind)
     contenders = {name: call for name, (call, _) in calls.items()}
     contenders["copy out of memory"] = lambda: landing.copy_(large)
     contenders |= {name: lambda rival=rival: rival(weight, out_kind) for name, rival in others.items()}
     times = watch.best(contenders, rounds)
     copy_rate = calls["copy"][1] * weight.numel() / times["copy"] / 1e9
-    memory_rate = calls["copy"][1] * MEMORY_ELEMENTS / times["copy out of memory"] / 1e9
+    memory_s = times["copy out of memory"]
+    memory_rate = (read + written) * large.numel() / memory_s / 1e9
     for name, (_, per_element) in calls.items():
         extra = 0 if name == "copy" else 4 * blocks
         rate = (per_element * weight.numel() + extra) / times[name] / 1e9
         faster = {rival: times[rival] / times[name] for rival in others} if name == "forward" else {}
         yield Row(name, shape, dtype, times[name] * 1e3, rate, rate / copy_rate, rate / memory_rate, faster)
+        if name == "copy":
+            share = memory_rate / copy_rate
+            yield Row("copy out of memory", shape, dtype, memory_s * 1e3, memory_rate, share, 1.0, {})
 
 
 def commit() -> str:
@@ -279,7 +286,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
 
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     shapes = list(dict.fromkeys(row.shape for row in rows))
-    operations = [name for name in dict.fromkeys(row.operation for row in rows) if name != "copy"]
+    operations = [name for name in dict.fromkeys(row.operation for row in rows) if not name.startswith("copy")]
     figure, panels = plt.subplots(
         1, len(dtypes), figsize=(4 + 4 * len(dtypes), 7), sharex=True, sharey=True, squeeze=False
     )
@@ -295,7 +302,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
             panel.scatter(at, places, marker="|", s=12, linewidths=0.8, color="black", zorder=3, label=label)
         panel.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
         panel.set_title(dtype)
-        panel.set_xlabel("GB/s as a share of a copy")
+        panel.set_xlabel("GB/s as a share of a copy of the weight")
         panel.set_yticks(range(len(operations)), operations)
     panels[0][0].invert_yaxis()
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -327,7 +334,7 @@ def main() -> None:
         "--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES), metavar="DTYPE", help=f"some of {dtypes}"
     )
     parser.add_argument("--rounds", type=positive, default=15, help="turns of each contender (default: 15)")
-    parser.add_argument("--no-rivals", action="store_true", help="measure ours and the copy alone")
+    parser.add_argument("--no-rivals", action="store_true", help="measure ours and the copies alone")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--plot", type=Path, help="PNG to draw (needs matplotlib)")
     arguments = parser.parse_args()
@@ -364,7 +371,7 @@ def main() -> None:
     for line in missing:
         print(f"not run    {line}")
     print(
-        f"\n{'shape':30} {'dtype':9} {'operation':34} {'ms':>8} {'GB/s':>7} {'of copy':>8} {'of memory':>9}  "
+        f"\n{'shape':30} {'dtype':9} {'operation':34} {'ms':>8} {'GB/s':>7} {'/copy':>6} {'/memory':>8}  "
         "times faster than"
     )
     rows: list[Row] = []
@@ -376,7 +383,7 @@ def main() -> None:
             faster = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row.faster_than.items())
             print(
                 f"{row.shape:30} {row.dtype:9} {row.operation:34} {row.milliseconds:8.3f} "
-                f"{row.gigabytes_per_s:7.1f} {row.copy_share:8.2f} {row.memory_share:9.2f}  {faster}",
+                f"{row.gigabytes_per_s:7.1f} {row.copy_share:6.2f} {row.memory_share:8.2f}  {faster}",
                 flush=True,
             )
     if arguments.json:

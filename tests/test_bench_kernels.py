@@ -25,18 +25,20 @@ def test_figures_of_every_operation(tmp_path: Path) -> None:
     record = json.loads(figures.read_text())
     assert record["machine"]["kernels"] == native.describe()
     operations = [row["operation"] for row in record["rows"]]
-    assert operations[:2] == ["copy", "forward"]
+    assert operations[:3] == ["copy", "copy out of memory", "forward"]
     assert {"backward", "backward, learned scales", "quantize", "dequantize"} < set(operations)
     for row in record["rows"]:
         assert (row["shape"], row["dtype"]) == (SMALLEST, "bf16")
         assert row["milliseconds"] > 0
         assert f" {row['operation']} " in done.stdout
         moved = row["gigabytes_per_s"] * row["milliseconds"] * 1e6
-        assert 3 * 576 * 576 - 1 < moved < 7 * 576 * 576
-    copy, *others = record["rows"]
-    assert copy["copy_share"] == 1.0
-    for row in others:  # one rate against two others
-        assert row["copy_share"] / row["memory_share"] == pytest.approx(1 / copy["memory_share"])
+        if row["operation"] == "copy out of memory":
+            assert moved == pytest.approx(2 * 256 * 2**20)  # read and written
+        else:
+            assert 3 * 576 * 576 - 1 < moved < 7 * 576 * 576
+        for yardstick, share in (("copy", "copy_share"), ("copy out of memory", "memory_share")):
+            rate = next(other["gigabytes_per_s"] for other in record["rows"] if other["operation"] == yardstick)
+            assert row[share] == pytest.approx(row["gigabytes_per_s"] / rate)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
