@@ -39,9 +39,9 @@ def test_a_million_random_shapes(fuzzer: list[str]) -> None:
     assert outcome.outside > 0.05 * outcome.elements
 
 
-@pytest.mark.parametrize("many_lines", [0, 1])
-def test_small_shapes_as_if_they_came_out_of_memory(tmp_path: Path, many_lines: int) -> None:
-    flags = ["-DQAD_STREAMING_ELEMENTS=1", f"-DQAD_MANY_LINES={many_lines}"]
+@pytest.mark.parametrize("on_amd", [0, 1])
+def test_small_shapes_as_if_they_came_out_of_memory(tmp_path: Path, on_amd: int) -> None:
+    flags = ["-DQAD_STREAMING_ELEMENTS=1", f"-DQAD_AS_ON_AMD={on_amd}"]
     outcome = fuzz(build_fuzzer(tmp_path, compiler_or_skip(), flags), "--cases", "100000", "--large", "2")
     assert not outcome.mismatches, outcome.text
     assert outcome.instruction_sets == cpu_compiler.instruction_sets()

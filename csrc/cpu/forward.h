@@ -21,7 +21,9 @@ template <int in, int out, int mode> void forward_chunks(const Step &step) {
     const uint16_t *random = step.random;
     const char *next = step.weights_ahead;
     const bool past = step.past, far = step.far;
-    for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
+    const Chunk *c = step.list;
+    const int by = step.by;
+    for (int left = step.chunks; left; --left, c += by) {
         const int first = c->first, b = c->block;
         const F scale = set(scales.scale[b]), inverse = set(scales.inverse[b]);
         const Ends ends = {set_words(scales.low[b]), set_words(scales.high[b])};
@@ -33,7 +35,7 @@ template <int in, int out, int mode> void forward_chunks(const Step &step) {
             const Pair codes = {code_of<mode>(moved.first), code_of<mode>(moved.second)};
             To::store_pair(to + first + i, codes.times(scale), ends, past);
         }
-        if (draws_elements(mode)) random += chunk;
+        if (draws_elements(mode)) random += by * chunk;
     }
 }
 
@@ -54,14 +56,16 @@ QAD_CALLED void look_up_chunks(const Step &step, const LookUp<typename Outputs<i
     const char *next = step.weights_ahead;
     const bool past = step.past, far = step.far;
     const LookUp<To> tables = look_up;
-    for (const Chunk *c = step.list, *end = c + step.chunks; c != end; ++c) {
+    const Chunk *c = step.list;
+    const int by = step.by;
+    for (int left = step.chunks; left; --left, c += by) {
         const int first = c->first, b = c->block;
         const typename LookUp<To>::Table table = tables.table_of(set(scales.scale[b]));
         ask_for_weights<typename From::Stored>(next, 0, far);
         next += chunk * sizeof(typename From::Stored);
         const Pair moved = move<From, mode>(From::load_pair(values + first).times(set(scales.inverse[b])), random);
         tables.store_pair(to + first, table, rounding_sum<mode>(moved.first), rounding_sum<mode>(moved.second), past);
-        if (draws_elements(mode)) random += chunk;
+        if (draws_elements(mode)) random += by * chunk;
     }
 }
 #endif

@@ -25,7 +25,8 @@ struct qad_fake_quantize_job {
     qad_grid grid;
     qad_noise noise;
     bool streams; /* more than the caches hold: worth asking for memory ahead of its use */
-    bool many_lines; /* and to ask for more of it at a time: see has_many_lines */
+    bool many_lines; /* and to ask for more of it at a time: see asks_for_many_lines */
+    bool backwards;  /* what a batch writes: see meets_its_stores */
 };
 
 struct qad_divergence_job {

@@ -47,9 +47,10 @@ QAD_INLINE int chunks_per_block_log2(const qad_grid &grid) { return grid.block =
 /* Chunks of a batch and what is to become of them. */
 struct Step {
     const Batch &batch;
-    const Chunk *list;
+    const Chunk *list;      /* the first that is treated */
     int chunks;
-    const uint16_t *random; /* one after another, without those of other chunks between them */
+    int by;                 /* from one to the next, 1 or -1 */
+    const uint16_t *random; /* of the first chunk, and then by chunks, without those of others between them */
     void *to;               /* the whole batch */
     bool past;
     /* For the first chunk, and then one after the other, in the order of memory and not of the list: processors that
@@ -188,15 +189,19 @@ template <int dtype> struct Walk {
         const char *in = weights_ahead(batch), *out = out_ahead(batch);
         all.count = batch.count / chunk;
         const Chunks &without = mode.hard_below ? batch.hard : all, &with = mode.hard_below ? batch.soft : all;
-        if (mode.hard_below || mode.mode == QAD_NOISE_NONE)
-            hard(Step{batch, without.list, without.count, random, to, past, in, out, job.many_lines});
+        const bool backwards = job.backwards;
+        const int by = backwards ? -1 : 1;
+        if (without.count && (mode.hard_below || mode.mode == QAD_NOISE_NONE))
+            hard(Step{batch, without.list + (backwards ? without.count - 1 : 0), without.count, by, random, to, past, in,
+                      out, job.many_lines});
         if (mode.mode == QAD_NOISE_NONE) return;
         if (mode.hard_below) {
             in += without.count * chunk * (int)sizeof(Stored);
             if (out) out += without.count * chunk * (int)sizeof(Target);
         }
-        for (int k = 0; k < with.count; k += group) {
-            const int chunks = with.count - k < group ? with.count - k : group;
+        for (int done = 0, chunks; done < with.count; done += chunks) {
+            chunks = with.count - done < group ? with.count - done : group;
+            const int k = backwards ? with.count - done - chunks : done, last = backwards ? chunks - 1 : 0;
             if (draws_elements(mode.mode)) {
                 /* While random numbers keep the arithmetic busy, the memory can fetch what will be written. In 16 bits
                  * that is too little to matter. */
@@ -205,7 +210,7 @@ template <int dtype> struct Walk {
                 fill_random<Elements<dtype>::to_unpack>(random, (uint64_t)batch.element / 8, with.products + k, chunks,
                                                         elements);
             }
-            soft(Step{batch, with.list + k, chunks, random, to, past, in, out, job.many_lines});
+            soft(Step{batch, with.list + k + last, chunks, by, random + last * chunk, to, past, in, out, job.many_lines});
             in += chunks * chunk * (int)sizeof(Stored);
             if (out) out += chunks * chunk * (int)sizeof(Target);
         }
