@@ -93,8 +93,8 @@ template <int dtype> void fill_damaged(void *to, const Batch &batch, int block, 
 /* Blocks for which random numbers are drawn at a time. */
 constexpr int most_drawn = 256;
 
-/* Chunks for which random numbers are drawn at a time, or half as many as at most; where fp32 is written fewer, because its
- * lines are asked for at the same time, and only so many can be on their way. */
+/* Chunks for which random numbers are drawn at a time, if not twice as many; where fp32 is written fewer, because its lines
+ * are asked for at the same time, and only so many can be on their way. */
 template <typename Target> constexpr int group_of() { return sizeof(Target) == 4 ? 8 : 16; }
 
 /* A job, and what it takes to walk over its batches. */
