@@ -49,7 +49,7 @@ QAD_INLINE U key_of(F value) { return bit_xor(rotate_left_1(bits_of(value)), set
 
 /* Store a vector, if need be past the caches; see stream_words. */
 QAD_INLINE void put_words(void *p, U a, bool past) {
-    if (past)
+    if (__builtin_expect(past, 0))
         stream_words(p, a);
     else
         store_words(p, a);

@@ -67,7 +67,7 @@ int64_t learn(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
         float *grad = (float *)load_elements(job.out, job.out_dtype, batch.element, batch.count, staged);
         float *slopes = job.grad_scales + batch.block;
         walk.treat<float>(
-            batch, grad, false,
+            batch, grad, false, false,
             [&](const Step &step) { hard(step, job.grid, slopes); },
             [&](const Step &step) { soft(step, job.grid, slopes); });
         if (batch.scales.damaged_count) {

@@ -41,17 +41,26 @@ constexpr int lanes_of_calls = width == 16 ? 4 : 2;
 
 constexpr int calls_per_chunk = chunk / 8; /* each serves 8 elements */
 
+/* Chunks that those vectors serve. */
+constexpr int chunks_side_by_side = lanes_of_calls * 4 * width / chunk;
+
 /* The first product of a call, which is 64 bits long: that of a sum is a sum, so that it costs no multiplication. */
 constexpr uint64_t product_of_call(uint64_t call) { return call * QAD_PHILOX_MULTIPLIER_0; }
 
-/* Fill out with 16 random bits for each element of some chunks, in order or so that unpack brings them in order. The calls
- * that serve them begin at `first` plus those whose products are given. Both buffers must have room for a multiple of 8
- * chunks. */
-template <bool to_unpack>
-QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint64_t *products, int chunks, const Random &random) {
-    const D multiplier_0 = set_long(QAD_PHILOX_MULTIPLIER_0), multiplier_1 = set_long(QAD_PHILOX_MULTIPLIER_1);
-    const D start = mul_low_words(add_long(set_long(first), calls_in_chunk<to_unpack>()), multiplier_0);
-    for (int vector = 0; vector * 4 * width < chunks * chunk; vector += lanes_of_calls) {
+/* What draws 16 random bits for each element of some chunks, in order or so that unpack brings them in order. The calls that
+ * serve them begin at `first` plus those whose products are given. */
+template <bool to_unpack> struct Draw {
+    const D multiplier_0, multiplier_1, start;
+    const Random &random;
+
+    QAD_MEMBER Draw(uint64_t first, const Random &of)
+        : multiplier_0(set_long(QAD_PHILOX_MULTIPLIER_0)), multiplier_1(set_long(QAD_PHILOX_MULTIPLIER_1)),
+          start(mul_low_words(add_long(set_long(first), calls_in_chunk<to_unpack>()), multiplier_0)), random(of) {}
+
+    /* Draw for chunks_side_by_side of them, from a vector of calls on, and call `meanwhile` eight times in between: its
+     * instructions are independent of those here, and a processor sees too few of them ahead to mix them itself. */
+    template <typename Meanwhile>
+    QAD_MEMBER void draw(uint16_t *out, const uint64_t *products, int vector, Meanwhile meanwhile) const {
         D words[lanes_of_calls][4];
 #pragma GCC unroll 4
         for (int lane = 0; lane < lanes_of_calls; ++lane) {
@@ -63,6 +72,7 @@ QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint64_t *produ
             c[2] = xor_2(product, random.third);
             c[3] = random.fourth;
         }
+        meanwhile();
 #pragma GCC unroll 7
         for (int round = 2; round + 1 < QAD_PHILOX_ROUNDS; ++round) {
 #pragma GCC unroll 4
@@ -73,7 +83,9 @@ QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint64_t *produ
                 c[1] = product_1;
                 c[2] = xor_3(high_word(product_0), c[3], random.keys[2 * round + 1]);
                 c[3] = product_0;
+                if (round == 3 && lane == lanes_of_calls / 2 - 1) meanwhile();
             }
+            meanwhile();
         }
         /* The last round's products hold the words in pairs, the second one in the low word. */
         const D *last = random.keys + 2 * (QAD_PHILOX_ROUNDS - 1);
@@ -83,8 +95,19 @@ QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint64_t *produ
             const D product_0 = mul_low_words(c[0], multiplier_0), product_1 = mul_low_words(c[2], multiplier_1);
             interleave<to_unpack>(out + 4 * width * (vector + lane), xor_3(product_1, low_as_high(c[1]), last[0]),
                                   xor_3(product_0, low_as_high(c[3]), last[1]));
+            if (lane == lanes_of_calls / 2 - 1) meanwhile();
         }
+        meanwhile();
     }
+};
+static_assert(QAD_PHILOX_ROUNDS == 7, "meanwhile is called eight times");
+
+/* Fill out with the random bits of some chunks; see Draw. Both buffers must have room for a multiple of 8 chunks. */
+template <bool to_unpack>
+QAD_CALLED void fill_random(uint16_t *out, uint64_t first, const uint64_t *products, int chunks, const Random &random) {
+    const Draw<to_unpack> drawing(first, random);
+    for (int vector = 0; vector * 4 * width < chunks * chunk; vector += lanes_of_calls)
+        drawing.draw(out, products, vector, [] {});
 }
 
 } // namespace

@@ -42,6 +42,8 @@
 
 #define QAD_INLINE static inline __attribute__((always_inline))
 #define QAD_MEMBER inline __attribute__((always_inline))
+/* After a lambda's parameters. */
+#define QAD_INLINED __attribute__((always_inline))
 /* For what is called once a batch: inlined at each call it would double the time of the first build. */
 #define QAD_CALLED static __attribute__((noinline))
 #define QAD_CALLED_MEMBER __attribute__((noinline))

@@ -3,13 +3,14 @@
  * A batch runs in stages over memory that is in the first-level cache by then: scales of all its blocks (scales.h),
  * then codes, a chunk of 32 elements at a time. The scales of the next batch are found before the codes of this one, so
  * that the latency of their divisions has something to hide behind. Chunks with noise and without are told apart first,
- * and each kind is treated in one go; those with noise in groups, each after its random numbers, so that the memory can
- * work for one group while the arithmetic works on another.
+ * and each kind is treated in one go (chunks.h); or those with noise in groups, each after its random numbers, so that the
+ * memory can work for one group while the arithmetic works on another.
  */
 #ifndef QAD_WALK_H
 #define QAD_WALK_H
 
 #include "../numerics.h"
+#include "chunks.h"
 #include "elements.h"
 #include "kernels.h"
 #include "random.h"
@@ -18,50 +19,6 @@
 #include "simd.h"
 
 namespace {
-
-constexpr int most_chunks = QAD_BATCH / chunk;
-
-struct Chunk {
-    uint16_t first, block; /* its first element and its block */
-};
-
-/* Chunks of a batch that are treated alike, whole blocks of them. Filled a vector at a time. */
-struct Chunks {
-    int count;
-    Chunk list[most_chunks + width];
-    uint64_t products[most_chunks + width]; /* for the random numbers, from the batch's first; see fill_random */
-};
-
-/* Some blocks on their way through the stages. */
-struct Batch {
-    int64_t block, element; /* the first ones */
-    int blocks, count;      /* of blocks and of elements */
-    const void *weights;    /* of the dtype that is worked on */
-    Scales scales;
-    Chunks hard, soft; /* without noise and with it, where there are both */
-    alignas(64) float staged[QAD_BATCH];
-};
-
-QAD_INLINE int chunks_per_block_log2(const qad_grid &grid) { return grid.block == 32 ? 0 : grid.block == 64 ? 1 : 2; }
-
-/* Chunks of a batch and what is to become of them. */
-struct Step {
-    const Batch &batch;
-    const Chunk *list;      /* the first that is treated */
-    int chunks;
-    int by;                 /* from one to the next, 1 or -1 */
-    const uint16_t *random; /* of the first chunk, and then by chunks, without those of others between them */
-    void *to;               /* the whole batch */
-    bool past;
-    /* For the first chunk, and then one after the other, in the order of memory and not of the list: processors that
-     * foresee streams fetch more at a time then (half hard, out of memory, on a Zen 4: 346 ps an element instead of 439). */
-    const char *weights_ahead, *out_ahead;
-    bool far; /* what is ahead is wanted later: see ask_for_weights */
-};
-
-template <typename Stored> QAD_INLINE void ask_for_weights(const char *p, int first, bool far) {
-    ask<Stored>(p, first, far ? to_read_later : to_read);
-}
 
 /* How the noise of a job works out. */
 struct Mode {
@@ -108,7 +65,8 @@ template <int dtype> struct Walk {
     const int batch_size, per_batch; /* elements that are worked on at a time, and blocks of them */
     bool asks_early = false;         /* for what a batch writes, while the next one's keys are found */
     Batch batches[2];                /* this one and the next */
-    Chunks all;                      /* of a batch that need not be parted */
+    Chunks all;                      /* of a batch that need not be parted, in the order in which they are treated */
+    uint64_t hardness_products[most_drawn / chunk];
     uint16_t hardness_bits[most_drawn];
 
     QAD_CALLED_MEMBER explicit Walk(const qad_fake_quantize_job &of, int size = batch_of<dtype>())
@@ -117,15 +75,26 @@ template <int dtype> struct Walk {
                    of.noise.mode == QAD_NOISE_UNIFORM),
           hardness(of.noise.seed_low, of.noise.seed_high, of.noise.tensor, of.noise.step, QAD_STREAM_BLOCK),
           batch_size(size), per_batch(size / of.grid.block) {
-        for (int c = 0; c < most_chunks; ++c) {
-            all.list[c] = {(uint16_t)(c * chunk), (uint16_t)(c >> chunks_per_block_log2(of.grid))};
-            all.products[c] = product_of_call((uint64_t)c * calls_per_chunk);
+        arrange(size / chunk);
+        for (int i = 0; i < most_drawn / chunk; ++i)
+            hardness_products[i] = product_of_call((uint64_t)i * calls_per_chunk);
+    }
+
+    /* Fill `all` for batches of so many chunks: all but the last have as many. */
+    QAD_CALLED_MEMBER void arrange(int chunks) {
+        all.count = chunks;
+        for (int i = 0; i < chunks; ++i) {
+            const int c = job.backwards ? chunks - 1 - i : i;
+            all.list[i] = {(uint16_t)(c * chunk), (uint16_t)(c >> chunks_per_block_log2(job.grid))};
+            all.products[i] = product_of_call((uint64_t)c * calls_per_chunk);
         }
     }
 
-    /* The weights of the batch after the next, whose scales will be found first; or of the one after that. */
+    /* The weights of the batch after the next, whose scales will be found first; or of one or two after that: the more, the
+     * smaller batches are. */
     QAD_MEMBER const char *weights_ahead(const Batch &batch) const {
-        const int batches = job.many_lines ? 3 : 2;
+        const bool is_small = batch_size * (int)sizeof(Stored) < 4096;
+        const int batches = !job.many_lines ? 2 : is_small ? 4 : 3;
         return (const char *)job.weights + size_of(job.weights_dtype) * (batch.element + batches * batch_size);
     }
 
@@ -139,14 +108,15 @@ template <int dtype> struct Walk {
     QAD_CALLED_MEMBER void choose(Batch &batch, int64_t begin) {
         const int drawn = (int)((batch.block - begin) % most_drawn), more = chunks_per_block_log2(job.grid);
         if (drawn == 0)
-            fill_random<false>(hardness_bits, (uint64_t)batch.block / 8, all.products, most_drawn / chunk, hardness);
+            fill_random<false>(hardness_bits, (uint64_t)batch.block / 8, hardness_products, most_drawn / chunk, hardness);
         const uint16_t *bits = hardness_bits + drawn;
         uint16_t spread[most_chunks];
         const int chunks = batch.count / chunk;
-        if (more) {
-            for (int c = 0; c < chunks; ++c) spread[c] = bits[c >> more];
+        if (more || job.backwards) {
+            for (int c = 0; c < chunks; ++c) spread[c] = bits[(job.backwards ? chunks - 1 - c : c) >> more];
             bits = spread;
         }
+        if (chunks != all.count) arrange(chunks);
         int hard = 0, soft = 0;
         for (int c = 0; c < chunks; c += width) {
             const uint32_t present = chunks - c < width ? (1u << (chunks - c)) - 1 : (1u << width) - 1;
@@ -180,37 +150,37 @@ template <int dtype> struct Walk {
         if (mode.hard_below) choose(batch, begin);
     }
 
-    /* Call hard and soft for the chunks of a batch, soft for a group at a time. They store Targets at `to`. */
+    /* Call hard and soft for the chunks of a batch; soft for a group at a time, unless it draws. They store Targets at `to`. */
     template <typename Target, typename Hard, typename Soft>
-    void treat(const Batch &batch, void *to, bool past, Hard hard, Soft soft) {
+    void treat(const Batch &batch, void *to, bool past, bool draws, Hard hard, Soft soft) {
         constexpr int most = 2 * group_of<Target>();
         alignas(64) uint16_t random[most * chunk];
         const int group = job.many_lines ? most : most / 2;
         const char *in = weights_ahead(batch), *out = out_ahead(batch);
-        all.count = batch.count / chunk;
+        if (!mode.hard_below && batch.count / chunk != all.count) arrange(batch.count / chunk);
         const Chunks &without = mode.hard_below ? batch.hard : all, &with = mode.hard_below ? batch.soft : all;
-        const bool backwards = job.backwards;
-        const int by = backwards ? -1 : 1;
         if (without.count && (mode.hard_below || mode.mode == QAD_NOISE_NONE))
-            hard(Step{batch, without.list + (backwards ? without.count - 1 : 0), without.count, by, random, to, past, in,
-                      out, job.many_lines});
+            hard(Step{batch, without.list, without.count, nullptr, nullptr, nullptr, to, past, in, out, job.many_lines});
         if (mode.mode == QAD_NOISE_NONE) return;
         if (mode.hard_below) {
             in += without.count * chunk * (int)sizeof(Stored);
             if (out) out += without.count * chunk * (int)sizeof(Target);
         }
+        if (draws || !draws_elements(mode.mode)) {
+            if (with.count)
+                soft(Step{batch, with.list, with.count, nullptr, with.products, &elements, to, past, in, out,
+                          job.many_lines});
+            return;
+        }
         for (int done = 0, chunks; done < with.count; done += chunks) {
             chunks = with.count - done < group ? with.count - done : group;
-            const int k = backwards ? with.count - done - chunks : done, last = backwards ? chunks - 1 : 0;
-            if (draws_elements(mode.mode)) {
-                /* While random numbers keep the arithmetic busy, the memory can fetch what will be written. In 16 bits
-                 * that is too little to matter. */
-                if (sizeof(Target) == 4 && !past)
-                    for (int c = 0; c < chunks; ++c) ask<Target>((const char *)to, with.list[k + c].first, to_write);
-                fill_random<Elements<dtype>::to_unpack>(random, (uint64_t)batch.element / 8, with.products + k, chunks,
-                                                        elements);
-            }
-            soft(Step{batch, with.list + k + last, chunks, by, random + last * chunk, to, past, in, out, job.many_lines});
+            /* While random numbers keep the arithmetic busy, the memory can fetch what will be written. In 16 bits that is
+             * too little to matter. */
+            if (sizeof(Target) == 4 && !past)
+                for (int c = 0; c < chunks; ++c) ask<Target>((const char *)to, with.list[done + c].first, to_write);
+            fill_random<Elements<dtype>::to_unpack>(random, (uint64_t)batch.element / 8, with.products + done, chunks,
+                                                    elements);
+            soft(Step{batch, with.list + done, chunks, random, nullptr, nullptr, to, past, in, out, job.many_lines});
             in += chunks * chunk * (int)sizeof(Stored);
             if (out) out += chunks * chunk * (int)sizeof(Target);
         }
