@@ -87,9 +87,10 @@ template <int in, int out> void (*forward_for(int mode))(const Step &) {
 template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int64_t begin, int64_t end) {
     typedef typename Outputs<in, out, QAD_NOISE_NONE>::Type To;
     typedef typename To::Stored Target;
-    /* Small batches where codes take little time: all lines of one, asked for early, can then be on their way at once. */
-    const bool is_hard = Mode(job.noise).mode == QAD_NOISE_NONE;
-    Walk<in> walk(job, is_hard && !job.scales ? QAD_BATCH / 2 : batch_of<in>());
+    /* Small batches where codes take little time: all lines of one, asked for early, can then be on their way at once. Where
+     * more are asked for at a time they should be large: 16 bits out of memory, on a Zen 4, 172 -> 155 ps an element. */
+    const bool small_batches = Mode(job.noise).mode == QAD_NOISE_NONE && !job.scales && !job.many_lines;
+    Walk<in> walk(job, small_batches ? QAD_BATCH / 2 : batch_of<in>());
     const auto hard = forward_for<in, out>(QAD_NOISE_NONE), soft = forward_for<in, out>(walk.mode.mode);
     const int block = job.grid.block;
     Target *const all = (Target *)job.out;

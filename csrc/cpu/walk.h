@@ -90,11 +90,9 @@ template <int dtype> struct Walk {
         }
     }
 
-    /* The weights of the batch after the next, whose scales will be found first; or of one or two after that: the more, the
-     * smaller batches are. */
+    /* The weights of the batch after the next, whose scales will be found first; or of the one after that. */
     QAD_MEMBER const char *weights_ahead(const Batch &batch) const {
-        const bool is_small = batch_size * (int)sizeof(Stored) < 4096;
-        const int batches = !job.many_lines ? 2 : is_small ? 4 : 3;
+        const int batches = job.many_lines ? 3 : 2;
         return (const char *)job.weights + size_of(job.weights_dtype) * (batch.element + batches * batch_size);
     }
 
