@@ -182,6 +182,8 @@ int64_t qad_fake_quantize(const void *weights, int weights_dtype, const float *s
     job.grid = *grid;
     job.noise = *noise;
     job.backwards = meets_its_stores(job);
+    /* For fp16 without noise, a Zen 4 takes 4 to 11 % less time then; a Xeon took 7 % more (576 x 576: 174 ps an element). */
+    job.rounds_tables = is_amd();
     return split_blocks(job, kernels().fake_quantize, blocks, threads);
 }
 

@@ -51,18 +51,18 @@ template <int mode> QAD_INLINE F rounding_sum(F moved) {
     return mode == QAD_NOISE_STOCHASTIC ? add_down(moved, set(rounding_magic)) : add(moved, set(rounding_magic));
 }
 
-template <int in, int out, int mode>
-QAD_CALLED void look_up_chunks(const Step &step, const LookUp<typename Outputs<in, out, mode>::Type> &look_up) {
+template <int in, int out, int mode, typename Tables>
+QAD_CALLED void look_up_chunks(const Step &step, const Tables &look_up) {
     typedef Elements<in> From;
     typedef typename Outputs<in, out, mode>::Type To;
     const typename From::Stored *values = (const typename From::Stored *)step.batch.weights;
     typename To::Stored *to = (typename To::Stored *)step.to;
     const Scales &scales = step.batch.scales;
     const bool past = step.past;
-    const LookUp<To> tables = look_up;
+    const Tables tables = look_up;
     const auto one = [&](const Chunk &c, const uint16_t *random, auto ask_ahead) QAD_INLINED {
         const int first = c.first, b = c.block;
-        const typename LookUp<To>::Table table = tables.table_of(set(scales.scale[b]));
+        const typename Tables::Table table = tables.table_of(set(scales.scale[b]));
         ask_ahead();
         const Pair moved = move<From, mode>(From::load_pair(values + first).times(set(scales.inverse[b])), random);
         tables.store_pair(to + first, table, rounding_sum<mode>(moved.first), rounding_sum<mode>(moved.second), past);
@@ -98,6 +98,7 @@ template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int
     const bool past = can_stream && job.streams && (uintptr_t)(all + begin * block) % (4 * width) == 0;
 #ifdef QAD_HAS_LOOK_UP
     const LookUp<To> look_up(job.grid);
+    const HalfTables<QAD_F16, false> rounded(job.grid);
     const bool small = job.grid.code_min >= -table_size / 4 && job.grid.code_max < table_size / 4;
 #else
     const bool small = false;
@@ -114,6 +115,8 @@ template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int
             batch, to, past, draws<out>(walk.mode.mode),
             [&](const Step &step) {
 #ifdef QAD_HAS_LOOK_UP
+                if constexpr (out == QAD_F16)
+                    if (looks_up && job.rounds_tables) return look_up_chunks<in, out, QAD_NOISE_NONE>(step, rounded);
                 if (looks_up) return look_up_chunks<in, out, QAD_NOISE_NONE>(step, look_up);
 #endif
                 hard(step);

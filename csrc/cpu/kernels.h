@@ -27,6 +27,7 @@ struct qad_fake_quantize_job {
     bool streams; /* more than the caches hold: worth asking for memory ahead of its use */
     bool many_lines; /* and to ask for more of it at a time: see asks_for_many_lines */
     bool backwards;  /* what a batch writes: see meets_its_stores */
+    bool rounds_tables; /* of products in fp16, before they are looked up */
 };
 
 struct qad_divergence_job {

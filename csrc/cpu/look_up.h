@@ -3,7 +3,7 @@
  *
  * Of fp16, and of bf16 where an instruction rounds two vectors, products are rounded after they were looked up. Other
  * bf16 is rounded before, because a block has fewer codes than elements; so is what comes from bf16, whose pairs would
- * have to be interleaved again.
+ * have to be interleaved again; and on some processors fp16 without noise (see rounds_tables).
  */
 #ifndef QAD_LOOK_UP_H
 #define QAD_LOOK_UP_H
@@ -44,20 +44,21 @@ struct ProductTables {
     QAD_MEMBER Table table_of(F scale) const { return {mul(codes.low, scale), mul(codes.high, scale)}; }
 };
 
-/* Products rounded to bf16. Pairs come out interleaved, as words, or one vector after the other. */
-template <bool interleaved> struct BfloatTables {
+/* Products rounded to 16 bits. Pairs come out interleaved, as words, or one vector after the other. */
+template <int dtype, bool interleaved> struct HalfTables {
     typedef U Table;
 
     F codes;
     U halves; /* which half of the products a sum means */
     U order;  /* of a pair's halves, one vector after the other */
 
-    explicit BfloatTables(const qad_grid &grid) {
+    explicit HalfTables(const qad_grid &grid) {
         float all[width];
         uint16_t half[table_size], place[table_size];
         for (int i = 0; i < width; ++i) all[i] = (float)(grid.code_min + i);
         for (int i = 0; i < table_size; ++i) {
-            half[i] = (uint16_t)(2 * (code_from(i, grid) - grid.code_min) + 1);
+            const int from_first = code_from(i, grid) - grid.code_min;
+            half[i] = (uint16_t)(dtype == QAD_BF16 ? 2 * from_first + 1 : from_first);
             place[i / 2 + i % 2 * width] = (uint16_t)i;
         }
         codes = load(all);
@@ -65,7 +66,10 @@ template <bool interleaved> struct BfloatTables {
         order = load_words(place);
     }
 
-    QAD_MEMBER Table table_of(F scale) const { return look_up_halves(round_bfloat(mul(codes, scale)), halves); }
+    QAD_MEMBER Table table_of(F scale) const {
+        const F products = mul(codes, scale);
+        return look_up_halves(dtype == QAD_BF16 ? round_bfloat(products) : round_half(products), halves);
+    }
     QAD_MEMBER void store_pair(uint16_t *p, Table table, F first, F second, bool past) const {
         const U pairs = look_up_halves(table, join_halves(bits_of(first), shift_left(bits_of(second), 16)));
         put_words(p, interleaved ? pairs : look_up_halves(pairs, order), past);
@@ -103,13 +107,13 @@ template <> struct LookUp<Elements<QAD_F16>> : ProductTables {
     }
 };
 
-template <> struct LookUp<Elements<QAD_BF16>> : BfloatTables<true> {
-    using BfloatTables<true>::BfloatTables;
+template <> struct LookUp<Elements<QAD_BF16>> : HalfTables<QAD_BF16, true> {
+    using HalfTables<QAD_BF16, true>::HalfTables;
 };
 
 #ifndef QAD_HAS_BFLOATS
-template <> struct LookUp<NormalBfloatInOrder> : BfloatTables<false> {
-    using BfloatTables<false>::BfloatTables;
+template <> struct LookUp<NormalBfloatInOrder> : HalfTables<QAD_BF16, false> {
+    using HalfTables<QAD_BF16, false>::HalfTables;
 };
 #endif
 
