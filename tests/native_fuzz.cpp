@@ -389,18 +389,25 @@ void report(const Case &c, const char *isa, const char *what, int64_t index, dou
     ++failures;
 }
 
-/* Memory of an exact size from the heap, at an address that is a multiple of the element's size and often of no more.
+/* Memory of an exact size from the heap, at an address that is a multiple of the element's size and often of no more; at times
+ * less than 256 bytes after another, but for multiples of 4096: outputs that lie so after weights may be treated backwards.
  * An address sanitizer sees each step beyond its end; without one, guards on both sides show what was overwritten. */
 struct Buffer {
-    enum { GUARD = 64, FILL = 0xa5 };
+    enum { GUARD = 64, PAGE = 4096, FILL = 0xa5 };
     size_t front, bytes, back;
     uint8_t *memory;
 
-    Buffer(size_t size, size_t element, Random &random) : bytes(size) {
+    Buffer(size_t size, size_t element, Random &random, const Buffer *other = nullptr) : bytes(size) {
         front = random.one_in(2) ? 0 : element * (size_t)random.between(1, 15);
         back = 0;
         if (!exact_buffers) front += GUARD, back = GUARD;
-        memory = (uint8_t *)malloc(front + bytes + back ? front + bytes + back : 1);
+        const bool after = other && random.one_in(3);
+        const size_t room = after ? GUARD + PAGE : front;
+        memory = (uint8_t *)malloc(room + bytes + back ? room + bytes + back : 1);
+        if (after) {
+            const size_t distance = random.one_in(2) ? 64 : element * (size_t)random.between(1, 255 / (int)element);
+            front = GUARD + (size_t)((uintptr_t)other->data() + distance - (uintptr_t)memory - GUARD) % PAGE;
+        }
         memset(memory, FILL, front + bytes + back);
     }
     Buffer(const Buffer &) = delete;
@@ -412,7 +419,7 @@ struct Buffer {
         return *this;
     }
     bool intact() const {
-        static const std::vector<uint8_t> fill(256, FILL);
+        static const std::vector<uint8_t> fill(GUARD + PAGE, FILL);
         return memcmp(memory, fill.data(), front) == 0 && memcmp(data() + bytes, fill.data(), back) == 0;
     }
 };
@@ -449,7 +456,7 @@ void check_kernels(const Case &c, const Results &r, const char *isa, Random &ran
     scales.fill(c.scales.data());
     const float *given = c.given ? (const float *)scales.data() : nullptr;
     {
-        Buffer out(r.out.size(), out_size, random), own(blocks * 4, 4, random), both(c.scales.size() * 4, 4, random);
+        Buffer out(r.out.size(), out_size, random, &weights), own(blocks * 4, 4, random), both(c.scales.size() * 4, 4, random);
         both.fill(c.scales.data());
         const Buffer &used = c.used == 2 ? both : own;
         const int64_t damaged = qad_fake_quantize(

@@ -124,9 +124,10 @@ bool is_amd() {
 #endif
 }
 
-/* Whether the processor is faster if weights are asked for a batch earlier and for the second-level cache, and if groups of
- * chunks are twice as large. A Zen 4 is, out of memory, in ps an element: the former made fp32 with uniform noise 358 from
- * 402 and fp32 to bf16 without noise 206 from 272 (4096 x 4096), the latter the noise 309 from 347 (49152 x 576). */
+/* Whether the processor is faster if weights are asked for a batch earlier and for the second-level cache, if batches are whole
+ * without noise too, and if random bits are given to twice as many chunks at a time. A Zen 4 is, out of memory, in ps an
+ * element: the first made fp32 to bf16 without noise 206 from 272 (4096 x 4096), the second bf16 without noise 136 from 154,
+ * the third fp32 with noise, which was given it then, 309 from 347 (49152 x 576). */
 bool asks_for_many_lines(const qad_fake_quantize_job &job) { return job.streams && is_amd(); }
 
 /* Whether weights that are loaded soon lie where the last 12 bits of an address are those of what was just stored. A Zen 4

@@ -12,15 +12,15 @@
 
 namespace {
 
-/* Whether chunks draw their random bits as they are treated. Each function that does takes a tenth of a second to compile, and
+/* Whether chunks draw their random bits as they are treated. Each function that does takes a tenth of a second to compile:
  * those do that gain most. (Stochastic rounding would gain 8 % in fp32 and 2 in bf16; uniform noise in fp16 4 % out of
  * a cache and nothing out of memory.) */
-template <int out> constexpr bool draws(int mode) {
+template <int out> constexpr bool draws_itself(int mode) {
     return can_draw && mode == QAD_NOISE_UNIFORM && out != QAD_F16;
 }
 
 template <int out> constexpr Randomness randomness_of(int mode) {
-    return !draws_elements(mode) ? not_random : draws<out>(mode) ? drawn_random : given_random;
+    return !draws_elements(mode) ? not_random : draws_itself<out>(mode) ? drawn_random : given_random;
 }
 
 template <int in, int out, int mode> void forward_chunks(const Step &step) {
@@ -37,7 +37,8 @@ template <int in, int out, int mode> void forward_chunks(const Step &step) {
         ask_ahead();
 #pragma GCC unroll 4
         for (int i = 0; i < chunk; i += pair) {
-            const Pair moved = move<From, mode>(From::load_pair(values + first + i).times(inverse), random + i);
+            const Pair moved = move<From, mode>(From::load_pair(values + first + i).times(inverse),
+                                              draws_elements(mode) ? random + i : nullptr);
             const Pair codes = {code_of<mode>(moved.first), code_of<mode>(moved.second)};
             To::store_pair(to + first + i, codes.times(scale), ends, past);
         }
@@ -112,7 +113,7 @@ template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int
         if (!looks_up || walk.mode.mode == QAD_NOISE_UNIFORM || walk.mode.mode == QAD_NOISE_PARTIAL)
             find_ends<out>(batch.scales, batch.blocks, job.grid);
         walk.template treat<Target>(
-            batch, to, past, draws<out>(walk.mode.mode),
+            batch, to, past, draws_itself<out>(walk.mode.mode),
             [&](const Step &step) {
 #ifdef QAD_HAS_LOOK_UP
                 if constexpr (out == QAD_F16)

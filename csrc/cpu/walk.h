@@ -50,7 +50,7 @@ template <int dtype> void fill_damaged(void *to, const Batch &batch, int block, 
 /* Blocks for which random numbers are drawn at a time. */
 constexpr int most_drawn = 256;
 
-/* Chunks for which random numbers are drawn at a time, if not twice as many; where fp32 is written fewer, because its lines
+/* Chunks that are given random bits at a time, if not twice as many; where fp32 is written fewer, because its lines
  * are asked for at the same time, and only so many can be on their way. */
 template <typename Target> constexpr int group_of() { return sizeof(Target) == 4 ? 8 : 16; }
 
@@ -65,7 +65,7 @@ template <int dtype> struct Walk {
     const int batch_size, per_batch; /* elements that are worked on at a time, and blocks of them */
     bool asks_early = false;         /* for what a batch writes, while the next one's keys are found */
     Batch batches[2];                /* this one and the next */
-    Chunks all;                      /* of a batch that need not be parted, in the order in which they are treated */
+    Chunks all;                      /* of a batch, in the order in which they are treated */
     uint64_t hardness_products[most_drawn / chunk];
     uint16_t hardness_bits[most_drawn];
 
@@ -80,9 +80,11 @@ template <int dtype> struct Walk {
             hardness_products[i] = product_of_call((uint64_t)i * calls_per_chunk);
     }
 
-    /* Fill `all` for batches of so many chunks: all but the last have as many. */
+    /* Fill `all` for a batch of so many chunks. Only the last batch has fewer than the others. */
     QAD_CALLED_MEMBER void arrange(int chunks) {
         all.count = chunks;
+        /* What lies behind is asked for, but not used. */
+        for (int i = chunks; i < chunks + chunks_side_by_side; ++i) all.list[i] = {0, 0};
         for (int i = 0; i < chunks; ++i) {
             const int c = job.backwards ? chunks - 1 - i : i;
             all.list[i] = {(uint16_t)(c * chunk), (uint16_t)(c >> chunks_per_block_log2(job.grid))};
@@ -148,9 +150,10 @@ template <int dtype> struct Walk {
         if (mode.hard_below) choose(batch, begin);
     }
 
-    /* Call hard and soft for the chunks of a batch; soft for a group at a time, unless it draws. They store Targets at `to`. */
+    /* Call hard and soft for the chunks of a batch, soft for a group at a time if it is given random bits and does not draw them
+     * itself. They store Targets at `to`. */
     template <typename Target, typename Hard, typename Soft>
-    void treat(const Batch &batch, void *to, bool past, bool draws, Hard hard, Soft soft) {
+    void treat(const Batch &batch, void *to, bool past, bool draws_itself, Hard hard, Soft soft) {
         constexpr int most = 2 * group_of<Target>();
         alignas(64) uint16_t random[most * chunk];
         const int group = job.many_lines ? most : most / 2;
@@ -164,7 +167,7 @@ template <int dtype> struct Walk {
             in += without.count * chunk * (int)sizeof(Stored);
             if (out) out += without.count * chunk * (int)sizeof(Target);
         }
-        if (draws || !draws_elements(mode.mode)) {
+        if (draws_itself || !draws_elements(mode.mode)) {
             if (with.count)
                 soft(Step{batch, with.list, with.count, nullptr, with.products, &elements, to, past, in, out,
                           job.many_lines});
