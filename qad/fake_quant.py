@@ -6,7 +6,8 @@ mode, so that one number moves training from noise to the device's rounding:
 
     none        every block is rounded
     uniform     the block gets w + s * (u - 1/2): pseudo-quantization noise of half a step either way, no rounding
-                (Defossez et al., DiffQ, arXiv 2104.09987)
+                (Defossez et al., DiffQ, arXiv 2104.09987). Of s, 8 significand bits count: all that most grids' scales
+                have, and few enough for an exact product with 16 random bits, so that only the sum is rounded
     stochastic  the block is rounded up or down at random, with the unrounded value as its mean
     partial     the block is left unquantized (Fan et al., Quant-Noise, arXiv 2004.07320)
 
@@ -33,22 +34,48 @@ from qad.tensor import absmax_scales, as_blocks, damaged_blocks, scale_blocks
 _ELEMENT_STREAM, _BLOCK_STREAM = 0, 1
 
 
+def _random(count: int, stream: int, noise: Noise, device: torch.device) -> Tensor:
+    return uniform16(count, seed=noise.seed, tensor=noise.tensor, step=noise.step, stream=stream, device=device)
+
+
+def _centred(like: Tensor, noise: Noise) -> Tensor:
+    """Return a random number between -1/2 and 1/2 for each element of blocks [N, G, block]."""
+    return _random(like.numel(), _ELEMENT_STREAM, noise, like.device).view_as(like).sub_(0.5)
+
+
+def _hard_unless(soft: Tensor, hard: Tensor, noise: Noise) -> Tensor:
+    """Return blocks [N, G, block] of which a share is hard, the others soft."""
+    if noise.hard_share <= 0.0:
+        return soft
+    blocks = _random(soft.shape[0] * soft.shape[1], _BLOCK_STREAM, noise, soft.device)
+    return torch.where(blocks.view(*soft.shape[:2], 1) < noise.hard_share, hard, soft)
+
+
 def _noisy_codes(scaled: Tensor, noise: Noise) -> Tensor:
     """Return the (fractional, unless hard) codes of scaled blocks [N, G, block] before clipping."""
     hard = scaled.round()
     if noise.is_hard:
         return hard
-    draw = {"seed": noise.seed, "tensor": noise.tensor, "step": noise.step, "device": scaled.device}
     if noise.mode == "uniform":
-        soft = scaled + (uniform16(scaled.numel(), stream=_ELEMENT_STREAM, **draw).view_as(scaled) - 0.5)
+        soft = scaled + _centred(scaled, noise)
     elif noise.mode == "stochastic":
-        soft = (scaled + uniform16(scaled.numel(), stream=_ELEMENT_STREAM, **draw).view_as(scaled)).floor_()
+        soft = (scaled + _random(scaled.numel(), _ELEMENT_STREAM, noise, scaled.device).view_as(scaled)).floor_()
     else:
         soft = scaled
-    if noise.hard_share <= 0.0:
-        return soft
-    blocks = uniform16(scaled.shape[0] * scaled.shape[1], stream=_BLOCK_STREAM, **draw)
-    return torch.where(blocks.view(*scaled.shape[:2], 1) < noise.hard_share, hard, soft)
+    return _hard_unless(soft, hard, noise)
+
+
+def _with_uniform_noise(
+    blocks: Tensor, scales_NG: Tensor, offsets_NG: Tensor | None, grid: Grid, noise: Noise
+) -> Tensor:
+    """Return blocks [N, G, block] of masters, moved by up to half a step and clipped to their range."""
+    steps_NG = (scales_NG.view(torch.int32) & -0x10000).view(torch.float32)
+    ends = torch.stack((scales_NG * grid.code_min, scales_NG * grid.code_max))
+    if offsets_NG is not None:
+        ends += offsets_NG
+    low_NG, high_NG = ends.aminmax(dim=0)
+    moved = _centred(blocks, noise).mul_(steps_NG.unsqueeze(-1)).add_(blocks)
+    return moved.clamp_(low_NG.unsqueeze(-1), high_NG.unsqueeze(-1))
 
 
 def _decoded(
@@ -90,15 +117,23 @@ def fake_quantize(
     """
     master = master_NK.to(torch.float32)
     scales_NG, offsets_NG = _decoded(master, scales_NG, offsets_NG, grid)
-    codes = _noisy_codes(scale_blocks(as_blocks(master, grid), scales_NG, offsets_NG), noise)
+    soft_uniform = noise.mode == "uniform" and not noise.is_hard
+    codes = scale_blocks(as_blocks(master, grid), scales_NG, offsets_NG)
+    codes = codes.round_() if soft_uniform else _noisy_codes(codes, noise)
     # A stored code has one zero; adding 0.0 turns -0.0 into it, or a negative scale would flip the sign bit.
     codes.clamp_(grid.code_min, grid.code_max).add_(0.0)
     out = torch.empty_like(master_NK) if out is None else out
     blocks = as_blocks(out, grid)
-    if offsets_NG is None:
+    if offsets_NG is None and not soft_uniform:
         torch.mul(codes, scales_NG.unsqueeze(-1), out=blocks)
     else:
-        blocks.copy_(codes.mul_(scales_NG.unsqueeze(-1)).add_(offsets_NG.unsqueeze(-1)))
+        values = codes.mul_(scales_NG.unsqueeze(-1))
+        if offsets_NG is not None:
+            values.add_(offsets_NG.unsqueeze(-1))
+        if soft_uniform:
+            moved = _with_uniform_noise(as_blocks(master, grid), scales_NG, offsets_NG, grid, noise)
+            values = _hard_unless(moved, values, noise)
+        blocks.copy_(values)
     blocks.masked_fill_(damaged_blocks(master, scales_NG, grid).unsqueeze(-1), torch.nan)
     if used_scales_NG is not None:
         used_scales_NG.copy_(scales_NG)
@@ -136,7 +171,8 @@ def fake_quantize_backward(
 
     Returns:
         float32 grad_scales_NG, or None. By the straight-through rule of LSQ (Esser et al., arXiv 1902.08153): a block's
-        sum of gradient x (code - w/s) inside and gradient x code at the ends of the range (w from its offset).
+        sum of gradient x (code - w/s) inside and gradient x code at the ends of the range (w from its offset). With
+        uniform noise code - w/s is the noise, as if all bits of s had counted in forward.
     """
     master = master_NK.to(torch.float32)
     scales_NG, offsets_NG = _decoded(master, scales_NG, offsets_NG, grid)

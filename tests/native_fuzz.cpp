@@ -51,6 +51,12 @@ double round_significand(float value, int significand, int smallest) {
     return std::rint(value * power_of_two(-unit)) * power_of_two(unit);
 }
 
+/* The number of 8 significand bits nearest to a normal one, of those that are no larger in magnitude. */
+double cut_to_8_bits(float value) {
+    const int unit = exponent_of(value, -126) - 7;
+    return std::trunc(value * power_of_two(-unit)) * power_of_two(unit);
+}
+
 uint16_t bfloat_from(float value) {
     if (std::isnan(value)) return 0x7fc0;
     if (std::isinf(value)) return value < 0 ? 0xff80 : 0x7f80;
@@ -207,7 +213,17 @@ void scalar(const Case &c, Results &r) {
             code = (code < low ? low : code > high ? high : code) + 0.0f;
             const bool outside = damaged || !(scaled >= low - 0.5f && scaled <= high + 0.5f);
             r.outside += outside && !damaged;
-            write(r.out.data(), c.out_dtype, first + i, damaged ? NAN : code * scale);
+            float value = code * scale;
+            if (!hard && c.noise.mode == QAD_NOISE_UNIFORM) {
+                const double moved_by = (element_draw.uniform(first + i) - 0.5) * cut_to_8_bits(scale);
+                if ((float)moved_by != moved_by && !damaged) {
+                    fprintf(stderr, "case %lld: a move by noise is not exact\n", (long long)c.number);
+                    abort();
+                }
+                const float moved = values[i] + (float)moved_by, one = low * scale, other = high * scale;
+                value = std::fmax(std::fmin(one, other), std::fmin(std::fmax(one, other), moved));
+            }
+            write(r.out.data(), c.out_dtype, first + i, damaged ? NAN : value);
             r.codes[first + i] = damaged ? 0 : (int8_t)(rounded < low ? low : rounded > high ? high : rounded);
             by_scale[i] = (code - (outside ? 0.0f : scaled)) * read(c.grad.data(), c.grad_dtype, first + i);
             const size_t size = size_of(c.grad_dtype);

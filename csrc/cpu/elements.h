@@ -36,11 +36,9 @@ QAD_INLINE F add_noise(F value, U word, bool with_sign) {
 /* What comes one vector after the other, and so do its random bits once they are unpacked. */
 struct MovesInOrder {
     static constexpr bool to_unpack = true;
-    QAD_INLINE Pair move(Pair scaled, const uint16_t *random, bool with_sign) {
-        const U half = set_words(0x80008000u);
-        U words[2];
-        unpack(load_words(random), half, words);
-        return {add_noise(scaled.first, words[0], with_sign), add_noise(scaled.second, words[1], with_sign)};
+    /* The words of a pair's noise; see add_noise. */
+    QAD_INLINE void noise_at(const uint16_t *random, U *words) {
+        unpack(load_words(random), set_words(0x80008000u), words);
     }
 };
 
@@ -135,10 +133,10 @@ template <> struct Elements<QAD_BF16> : HalfElements<Elements<QAD_BF16>>, Bfloat
         store_words(p, join_halves(bits_of(keep_if(first, float_of(both))), bits_of(keep_if(second, float_of(both)))));
     }
     static constexpr bool to_unpack = false;
-    QAD_INLINE Pair move(Pair scaled, const uint16_t *random, bool with_sign) {
+    QAD_INLINE void noise_at(const uint16_t *random, U *words) {
         const U both = load_words(random), half = set_words(0x8000u);
-        return {add_noise(scaled.first, bit_or(shift_left(both, 16), half), with_sign),
-                add_noise(scaled.second, bit_or(bit_and(both, set_words(0xffff0000u)), half), with_sign)};
+        words[0] = bit_or(shift_left(both, 16), half);
+        words[1] = bit_or(bit_and(both, set_words(0xffff0000u)), half);
     }
 };
 
@@ -185,8 +183,9 @@ struct UnpackedBfloat : HalfElements<UnpackedBfloat>, Bfloats, MovesInOrder {
 };
 #endif
 
-/* How to store what was loaded as Elements<in>. With noise, a code times its scale is 0 or at least 2^-41 of it, and a
- * scale is no less than 2^-64; but a code may be any fraction if nothing is rounded. */
+/* How to store what was loaded as Elements<in>. Nothing is subnormal with noise: a scale is no less than 2^-64, so what moves a
+ * weight is 2^-81 or more, and a weight that nearly takes it back is a multiple of 2^-105. Without any rounding a weight
+ * may be anything. */
 template <int in, int out, int mode> struct Outputs {
     typedef Elements<out> Type;
 };

@@ -32,15 +32,21 @@ template <int in, int out, int mode> void forward_chunks(const Step &step) {
     const bool past = step.past;
     const auto one = [&](const Chunk &c, const uint16_t *random, auto ask_ahead) QAD_INLINED {
         const int first = c.first, b = c.block;
-        const F scale = set(scales.scale[b]), inverse = set(scales.inverse[b]);
         const Ends ends = {set_words(scales.low[b]), set_words(scales.high[b])};
         ask_ahead();
 #pragma GCC unroll 4
         for (int i = 0; i < chunk; i += pair) {
-            const Pair moved = move<From, mode>(From::load_pair(values + first + i).times(inverse),
-                                              draws_elements(mode) ? random + i : nullptr);
-            const Pair codes = {code_of<mode>(moved.first), code_of<mode>(moved.second)};
-            To::store_pair(to + first + i, codes.times(scale), ends, past);
+            const Pair loaded = From::load_pair(values + first + i);
+            Pair unclamped;
+            if constexpr (mode == QAD_NOISE_UNIFORM) {
+                unclamped = move_by<From>(loaded, random + i, set(scales.noise_step[b]));
+            } else {
+                const Pair moved = move<From, mode>(loaded.times(set(scales.inverse[b])),
+                                                    draws_elements(mode) ? random + i : nullptr);
+                const Pair codes = {code_of<mode>(moved.first), code_of<mode>(moved.second)};
+                unclamped = codes.times(set(scales.scale[b]));
+            }
+            To::store_pair(to + first + i, unclamped, ends, past);
         }
     };
     each_chunk<in, typename To::Stored, randomness_of<out>(mode)>(step, one);
@@ -113,6 +119,7 @@ template <int in, int out> int64_t forward(const qad_fake_quantize_job &job, int
         const bool looks_up = small && batch.scales.in_range;
         if (!looks_up || walk.mode.mode == QAD_NOISE_UNIFORM || walk.mode.mode == QAD_NOISE_PARTIAL)
             find_ends<out>(batch.scales, batch.blocks, job.grid);
+        if (walk.mode.mode == QAD_NOISE_UNIFORM) find_noise_steps(batch.scales, batch.blocks);
         walk.template treat<Target>(
             batch, to, past, draws_itself<out>(walk.mode.mode),
             [&](const Step &step) {

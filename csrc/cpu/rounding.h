@@ -16,7 +16,18 @@ constexpr bool draws_elements(int mode) { return mode == QAD_NOISE_UNIFORM || mo
 
 /* A pair of scaled weights, moved by the noise of their elements if the mode has any. */
 template <typename E, int mode> QAD_INLINE Pair move(Pair scaled, const uint16_t *random) {
-    return draws_elements(mode) ? E::move(scaled, random, mode == QAD_NOISE_UNIFORM) : scaled;
+    if constexpr (!draws_elements(mode)) return scaled;
+    constexpr bool with_sign = mode == QAD_NOISE_UNIFORM;
+    U words[2];
+    E::noise_at(random, words);
+    return {add_noise(scaled.first, words[0], with_sign), add_noise(scaled.second, words[1], with_sign)};
+}
+
+/* A pair of weights, moved by uniform noise of a step: see Scales. */
+template <typename E> QAD_INLINE Pair move_by(Pair values, const uint16_t *random, F noise_step) {
+    U words[2];
+    E::noise_at(random, words);
+    return {fused_add(convert(words[0]), noise_step, values.first), fused_add(convert(words[1]), noise_step, values.second)};
 }
 
 /* The (fractional, unless hard) code of a scaled and moved weight, not yet clamped to the ends of the range: that

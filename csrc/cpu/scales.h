@@ -96,6 +96,7 @@ template <int dtype> QAD_INLINE bool all_finite(const typename Elements<dtype>::
 struct alignas(64) Scales {
     float scale[most_blocks + width], inverse[most_blocks + width];
     uint32_t low[most_blocks + width], high[most_blocks + width]; /* see Ends */
+    float noise_step[most_blocks + width]; /* see find_noise_steps */
     bool damaged[most_blocks];
     int damaged_count;
     bool in_range; /* absmax scales, none of them cut off: no element lies far beyond the last codes */
@@ -222,6 +223,15 @@ template <int dtype> QAD_CALLED void find_ends(Scales &scales, int blocks, const
         const F scale = load(scales.scale + b), one = mul(first, scale), other = mul(last, scale);
         store_words(scales.low + b, Elements<dtype>::end_from(min_of(one, other)));
         store_words(scales.high + b, Elements<dtype>::end_from(max_of(one, other)));
+    }
+}
+
+/* By how much a word of uniform noise moves elements: a scale cut to 8 significand bits, whose product with 16 random bits
+ * is exact, over 2^32. */
+QAD_CALLED void find_noise_steps(Scales &scales, int blocks) {
+    for (int b = 0; b < blocks; b += width) {
+        const F cut = float_of(bit_and(bits_of(load(scales.scale + b)), set_words(0xffff0000u)));
+        store(scales.noise_step + b, mul(cut, set(0x1p-32f)));
     }
 }
 

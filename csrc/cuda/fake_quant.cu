@@ -172,17 +172,57 @@ QAD_DEVICE void noisy_codes(float codes[OCTET], const float scaled[OCTET], bool 
     }
 }
 
-/* What forward, backward and quantize begin with: the weights, their block's scale, the weights over the scale. */
+/* What forward, backward and quantize begin with: the weights, and their block's scale. */
+template <class Master>
+QAD_DEVICE Scale load_weights(float values[OCTET], const Place &place, const BlockArguments &arguments) {
+#pragma unroll
+    for (int i = 0; i < OCTET; ++i) values[i] = 0.0f;
+    if (place.valid) load_octet<Master>(values, arguments.weights, place.octet, arguments.aligned);
+    return block_scale(values, place, arguments);
+}
+
+/* The same, the weights over the scale. */
 template <class Master>
 QAD_DEVICE Scale load_scaled(float scaled[OCTET], const Place &place, const BlockArguments &arguments) {
-#pragma unroll
-    for (int i = 0; i < OCTET; ++i) scaled[i] = 0.0f;
-    if (place.valid) load_octet<Master>(scaled, arguments.weights, place.octet, arguments.aligned);
-    const Scale scale = block_scale(scaled, place, arguments);
+    const Scale scale = load_weights<Master>(scaled, place, arguments);
     const float reciprocal = __frcp_rn(scale.value);
 #pragma unroll
     for (int i = 0; i < OCTET; ++i) scaled[i] = __fmul_rn(scaled[i], reciprocal);
     return scale;
+}
+
+/* Move the weights of a block that is not hard by noise of a step, and clip them. The product of a scale cut to 8
+ * significand bits and of noise is exact, so that the one rounding is that of the sum. */
+QAD_DEVICE void add_uniform_noise(float values[OCTET], float scale, const Place &place,
+                                  const BlockArguments &arguments) {
+    uint32_t words[4];
+    qad_philox((uint32_t)place.octet, arguments.tensor, arguments.step, QAD_STREAM_ELEMENT, arguments.seed_low,
+               arguments.seed_high, words);
+    const float noise_step = __uint_as_float(__float_as_uint(scale) & 0xffff0000u);
+    const float one = __fmul_rn(arguments.code_min, scale), other = __fmul_rn(arguments.code_max, scale);
+    const float low = fminf(one, other), high = fmaxf(one, other);
+#pragma unroll
+    for (int i = 0; i < OCTET; ++i) {
+        const float noise = __fsub_rn(one_to_two(words, i), TO_CENTRED);
+        values[i] = fminf(fmaxf(__fmaf_rn(noise, noise_step, values[i]), low), high);
+    }
+}
+
+/* The weights that forward uses, of weights as they are. */
+template <int MODE>
+QAD_DEVICE void on_grid(float values[OCTET], float scale, bool hard, const Place &place,
+                        const BlockArguments &arguments) {
+    if (MODE == UNIFORM && !hard) {
+        add_uniform_noise(values, scale, place, arguments);
+        return;
+    }
+    const float reciprocal = __frcp_rn(scale);
+#pragma unroll
+    for (int i = 0; i < OCTET; ++i) values[i] = __fmul_rn(values[i], reciprocal);
+    constexpr int ROUNDING = MODE == UNIFORM ? NONE : MODE;
+    noisy_codes<ROUNDING>(values, values, hard, place, arguments);
+#pragma unroll
+    for (int i = 0; i < OCTET; ++i) values[i] = __fmul_rn(values[i], scale);
 }
 
 template <class Master, class Out, int MODE> QAD_DEVICE void fake_quantize(const BlockArguments &arguments) {
@@ -191,11 +231,9 @@ template <class Master, class Out, int MODE> QAD_DEVICE void fake_quantize(const
     for (int64_t tile = first_tile(); tile < tiles; tile += tile_stride()) {
         const Place place = place_of(tile, arguments);
         float values[OCTET];
-        const Scale scale = load_scaled<Master>(values, place, arguments);
+        const Scale scale = load_weights<Master>(values, place, arguments);
         const bool hard = MODE == NONE || hard_blocks.next(tile, place, arguments);
-        noisy_codes<MODE>(values, values, hard, place, arguments);
-#pragma unroll
-        for (int i = 0; i < OCTET; ++i) values[i] = __fmul_rn(values[i], scale.value);
+        on_grid<MODE>(values, scale.value, hard, place, arguments);
         store_octet<Out>(arguments.values, place.octet, values, scale.damaged, place.valid, arguments.aligned);
         if (arguments.scales_out && place.valid && is_first_of_block(arguments)) {
             arguments.scales_out[place.block] = scale.value;
