@@ -111,7 +111,7 @@ def fake_quantize(
         grid: The grid.
         noise: The noise of this step.
         out: Buffer to write to, float32, bfloat16 or float16; a new tensor per call, of the master's dtype, costs more
-            in page faults than the arithmetic.
+            in page faults than the arithmetic. May be where the masters are.
         used_scales_NG: float32 buffer that receives the rounded scales; may be ``scales_NG`` itself.
         offsets_NG: float32, decoded as the scales are; given if they are, and the grid has minimums.
     """
@@ -122,6 +122,7 @@ def fake_quantize(
     codes = codes.round_() if soft_uniform else _noisy_codes(codes, noise)
     # A stored code has one zero; adding 0.0 turns -0.0 into it, or a negative scale would flip the sign bit.
     codes.clamp_(grid.code_min, grid.code_max).add_(0.0)
+    damaged_NG = damaged_blocks(master, scales_NG, grid)  # before anything is written: out may be where the masters are
     out = torch.empty_like(master_NK) if out is None else out
     blocks = as_blocks(out, grid)
     if offsets_NG is None and not soft_uniform:
@@ -134,7 +135,7 @@ def fake_quantize(
             moved = _with_uniform_noise(as_blocks(master, grid), scales_NG, offsets_NG, grid, noise)
             values = _hard_unless(moved, values, noise)
         blocks.copy_(values)
-    blocks.masked_fill_(damaged_blocks(master, scales_NG, grid).unsqueeze(-1), torch.nan)
+    blocks.masked_fill_(damaged_NG.unsqueeze(-1), torch.nan)
     if used_scales_NG is not None:
         used_scales_NG.copy_(scales_NG)
     return out

@@ -210,9 +210,11 @@ def _address(tensor: Tensor | None, count: int | None = None, dtype: torch.dtype
 
 
 def supports(*tensors: Tensor | None) -> bool:
-    """Return whether all these are contiguous CPU tensors of a float type that the kernels know."""
+    """Return whether all these are contiguous CPU tensors of known float types, in memory as they read."""
     for tensor in tensors:  # a loop: a generator takes twice its time
-        if tensor is not None and not (tensor.is_cpu and tensor.dtype in _DTYPES and tensor.is_contiguous()):
+        if tensor is None:
+            continue
+        if not (tensor.is_cpu and tensor.dtype in _DTYPES and tensor.is_contiguous()) or tensor.is_neg():
             return False
     return True
 

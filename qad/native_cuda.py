@@ -133,8 +133,11 @@ def _run(device: torch.device, launch: Launch) -> None:
 
 
 def supports(*tensors: Tensor | None) -> bool:
-    """Return whether all these are contiguous CUDA tensors of a float type that the kernels know."""
-    return all(t is None or (t.device.type == "cuda" and t.is_contiguous() and t.dtype in _TYPES) for t in tensors)
+    """Return whether all these are contiguous CUDA tensors of known float types, in memory as they read."""
+    return all(
+        t is None or (t.device.type == "cuda" and t.is_contiguous() and t.dtype in _TYPES and not t.is_neg())
+        for t in tensors
+    )
 
 
 def _address(tensor: Tensor | None, count: int, dtype: torch.dtype, device: torch.device) -> int | None:

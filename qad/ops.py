@@ -8,6 +8,7 @@ operators that PyTorch knows (schemas, shapes without data, gradients), so that 
 Shapes: N output features, K input features, G blocks along K, C tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -42,6 +43,29 @@ def _kernels(grid: Grid | None, first: Tensor, *others: Tensor | None) -> Module
     return None
 
 
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Return whether two contiguous tensors share memory."""
+    start, other = first.data_ptr(), second.data_ptr()
+    return start < other + second.nbytes and other < start + first.nbytes
+
+
+def _forward_kernels(
+    grid: Grid, master_NK: Tensor, scales_NG: Tensor | None, out: Tensor, used_scales_NG: Tensor | None
+) -> ModuleType | None:
+    """Return the kernels for forward, or None for the reference; that one can write over what it reads."""
+    kernels = _kernels(grid, master_NK, scales_NG, out, used_scales_NG)
+    if kernels is None:
+        return None
+    read = [master_NK] if scales_NG is None else [master_NK, scales_NG]
+    written = [out] if used_scales_NG is None else [out, used_scales_NG]
+    for buffer in written:
+        for tensor in (*read, *(other for other in written if other is not buffer)):
+            in_place = tensor is scales_NG and buffer is used_scales_NG and tensor.data_ptr() == buffer.data_ptr()
+            if not in_place and _overlap(buffer, tensor):
+                return None
+    return kernels
+
+
 def describe(device: torch.device) -> str:
     """Return in a few words which implementation runs on a device, and why none better does."""
     if device.type == "cpu":
@@ -69,6 +93,53 @@ def _refuse_gradients(*tensors: Tensor | None) -> None:
             )
 
 
+def _check_inputs(master: Tensor, scales: Tensor | None, grid: Grid, offsets: Tensor | None) -> None:
+    """Say what is wrong with what forward was given: kernels count elements, and know no shapes.
+
+    Raises:
+        UserError: Something is.
+    """
+    if master.ndim != 2 or not master.is_floating_point():
+        raise UserError(
+            f"fake quantization is of floats in two dimensions, not of {master.dtype} {list(master.shape)}: reshape or "
+            "convert the weight"
+        )
+    rows, columns = master.shape
+    if columns % grid.unit:
+        raise UserError(
+            f"rows of {columns} values are no multiple of {grid.unit} ({grid.name}): choose a grid whose blocks divide "
+            "them"
+        )
+    wanted = [rows, columns // grid.block]
+    for what, given in (("scales", scales), ("offsets", offsets)):
+        if given is not None and (given.dtype != torch.float32 or list(given.shape) != wanted):
+            raise UserError(
+                f"the {what} are {given.dtype} {list(given.shape)}; convert or reshape them to torch.float32 {wanted}, "
+                f"one per block of {grid.block}"
+            )
+    if (offsets is not None) != (grid.minimum and scales is not None):
+        if offsets is None:
+            raise UserError(f"{grid.name} has minimums: give offsets with the scales")
+        raise UserError(f"offsets go with the scales of a grid that has minimums, here ({grid.name}) leave them out")
+
+
+def _check_buffers(master_NK: Tensor, grid: Grid, out: Tensor, used_scales_NG: Tensor | None) -> None:
+    """Say what is wrong with what forward shall write to.
+
+    Raises:
+        UserError: Something is.
+    """
+    if out.shape != master_NK.shape or not out.is_floating_point():
+        raise UserError(f"the buffer is {out.dtype} {list(out.shape)}; give one of floats {list(master_NK.shape)}")
+    if used_scales_NG is not None:
+        wanted = [master_NK.shape[0], master_NK.shape[1] // grid.block]
+        if used_scales_NG.dtype != torch.float32 or list(used_scales_NG.shape) != wanted:
+            raise UserError(
+                f"the buffer for scales is {used_scales_NG.dtype} {list(used_scales_NG.shape)}; give one of "
+                f"torch.float32 {wanted}"
+            )
+
+
 def fake_quantize(
     master_NK: Tensor,
     scales_NG: Tensor | None,
@@ -90,12 +161,15 @@ def fake_quantize(
         offsets_NG: float32 offsets, for a grid with minimums; given if the scales are.
 
     Raises:
-        UserError: A gradient is wanted, which what is written to a buffer cannot have.
+        UserError: A gradient is wanted, which what is written to a buffer cannot have; or shapes or dtypes do not go
+            together.
     """
     if torch.is_grad_enabled():
         _refuse_gradients(master_NK, scales_NG, offsets_NG)
+    _check_inputs(master_NK, scales_NG, grid, offsets_NG)
     out = torch.empty_like(master_NK, memory_format=torch.contiguous_format) if out is None else out
-    kernels = _kernels(grid, master_NK, scales_NG, out, used_scales_NG)
+    _check_buffers(master_NK, grid, out, used_scales_NG)
+    kernels = _forward_kernels(grid, master_NK, scales_NG, out, used_scales_NG)
     if kernels is None:
         return reference.fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG, offsets_NG)
     kernels.fake_quantize(master_NK, scales_NG, grid, noise, out, used_scales_NG)
@@ -140,17 +214,23 @@ class FakeQuantizer:
         (master_NK, scales_NG, out, used_scales_NG), grid = state
         self.__init__(master_NK, scales_NG, grid, out, used_scales_NG)
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> Callable[[Noise], object]:
+        """Return what fills ``out``, and remember it with the addresses that it goes by."""
         master_NK, scales_NG, out, used_scales_NG = self._tensors
         there = [tensor for tensor in self._tensors if tensor is not None]
         # While these live, nobody else is given the memory, so that an address stands for what was checked.
-        self._memory = [tensor.detach() for tensor in there]
-        self._places = [(tensor.data_ptr, tensor.data_ptr()) for tensor in there]
-        if _kernels(self._grid, *self._tensors) is native:
-            self._run = native.prepare_fake_quantize(master_NK, scales_NG, self._grid, out, used_scales_NG)
+        memory = [tensor.detach() for tensor in there]
+        places = [(tensor.data_ptr, tensor.data_ptr()) for tensor in there]
+        _check_inputs(master_NK, scales_NG, self._grid, None)
+        _check_buffers(master_NK, self._grid, out, used_scales_NG)
+        if _forward_kernels(self._grid, master_NK, scales_NG, out, used_scales_NG) is native:
+            run = native.prepare_fake_quantize(master_NK, scales_NG, self._grid, out, used_scales_NG)
         else:
             # Not a method: an object that refers to itself keeps its tensors until the garbage is collected.
-            self._run = partial(_fill, self._tensors, self._grid)
+            run = partial(_fill, self._tensors, self._grid)
+        # At once and last: whatever fails above or calls meanwhile finds addresses beside what was checked of them.
+        self._prepared = places, run, memory
+        return run
 
     def __call__(self, noise: Noise = HARD) -> None:
         """Fill ``out``, and ``used_scales_NG`` if there is one.
@@ -160,11 +240,12 @@ class FakeQuantizer:
         """
         if torch.is_grad_enabled():
             _refuse_gradients(*self._with_gradient)
-        for address_of, address in self._places:
+        places, run, _memory = self._prepared
+        for address_of, address in places:
             if address_of() != address:
-                self._prepare()
+                run = self._prepare()
                 break
-        self._run(noise)
+        run(noise)
 
 
 def fake_quantize_backward(
@@ -232,36 +313,6 @@ def _noise_of(mode: str, hard_share: float, seed: int, tensor: int, step: int) -
     return Noise(mode, hard_share, seed & 0xFFFFFFFFFFFFFFFF, tensor, step)
 
 
-def _check_inputs(master: Tensor, scales: Tensor | None, grid: Grid, offsets: Tensor | None) -> None:
-    """Say what is wrong with what an operator was given: kernels count elements, and know no shapes.
-
-    Raises:
-        UserError: Something is.
-    """
-    if master.ndim != 2 or not master.is_floating_point():
-        raise UserError(
-            f"fake quantization is of floats in two dimensions, not of {master.dtype} {list(master.shape)}: reshape or "
-            "convert the weight"
-        )
-    rows, columns = master.shape
-    if columns % grid.unit:
-        raise UserError(
-            f"rows of {columns} values are no multiple of {grid.unit} ({grid.name}): choose a grid whose blocks divide "
-            "them"
-        )
-    wanted = [rows, columns // grid.block]
-    for what, given in (("scales", scales), ("offsets", offsets)):
-        if given is not None and (given.dtype != torch.float32 or list(given.shape) != wanted):
-            raise UserError(
-                f"the {what} are {given.dtype} {list(given.shape)}; convert or reshape them to torch.float32 {wanted}, "
-                f"one per block of {grid.block}"
-            )
-    if (offsets is not None) != (grid.minimum and scales is not None):
-        if offsets is None:
-            raise UserError(f"{grid.name} has minimums: give offsets with the scales")
-        raise UserError(f"offsets go with the scales of a grid that has minimums, here ({grid.name}) leave them out")
-
-
 @torch.library.custom_op("qad::fake_quantize", mutates_args=())
 def fake_quantize_op(
     master: Tensor,
@@ -304,9 +355,9 @@ def _(
     step: int,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    block = get_grid(grid).block
-    torch._check(master.shape[1] % block == 0, lambda: f"rows of {master.shape[1]} values, blocks of {block}")
-    used = master.new_empty((master.shape[0], master.shape[1] // block), dtype=torch.float32)
+    which = get_grid(grid)
+    _check_inputs(master, scales, which, offsets)
+    used = master.new_empty((master.shape[0], master.shape[1] // which.block), dtype=torch.float32)
     return torch.empty_like(master, memory_format=torch.contiguous_format), used
 
 
@@ -386,13 +437,6 @@ def fake_quantize_into_op(
     offsets: Tensor | None = None,
 ) -> None:
     """Like ``qad::fake_quantize``, into buffers that the caller owns; has no gradient."""
-    _check_inputs(master, scales, get_grid(grid), offsets)
-    blocks = (master.shape[0], master.shape[1] // get_grid(grid).block)
-    if out.shape != master.shape or used_scales.shape != blocks or used_scales.dtype != torch.float32:
-        raise UserError(
-            f"the buffers are {list(out.shape)} and {used_scales.dtype} {list(used_scales.shape)}; give some of "
-            f"{list(master.shape)} and torch.float32 {list(blocks)}"
-        )
     drawn = _noise_of(noise, hard_share, seed, tensor, step)
     fake_quantize(master, scales, get_grid(grid), drawn, out, used_scales, offsets)
 

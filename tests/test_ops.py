@@ -3,8 +3,10 @@
 import copy
 import gc
 import io
+import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -310,9 +312,104 @@ def test_inputs_that_do_not_belong_together_are_named(
 
 def test_buffers_of_another_shape_are_named() -> None:
     weight, used = torch.ones(5, 96), torch.empty(5, 3)
-    for out, scales in ((torch.empty(96, 5), used), (weight.clone(), torch.empty(3, 5)), (weight.clone(), used.half())):
-        with pytest.raises(UserError, match=r"give some of \[5, 96\] and torch.float32 \[5, 3\]"):
+    for out, scales, message in (
+        (torch.empty(96, 5), used, r"buffer is torch.float32 \[96, 5\]; give one of floats \[5, 96\]"),
+        (weight.to(torch.int32), used, r"buffer is torch.int32 \[5, 96\]; give one of floats"),
+        (
+            weight.clone(),
+            torch.empty(3, 5),
+            r"for scales is torch.float32 \[3, 5\]; give one of torch.float32 \[5, 3\]",
+        ),
+        (weight.clone(), used.half(), r"for scales is torch.float16 \[5, 3\]; give one of torch.float32 \[5, 3\]"),
+    ):
+        with pytest.raises(UserError, match=message):
             torch.ops.qad.fake_quantize_into(weight, None, out, scales, "q4_0", "none", 0.0, 0, 0, 0)
+        with pytest.raises(UserError, match=message):
+            ops.fake_quantize(weight, None, get_grid("q4_0"), HARD, out, scales)
+        with pytest.raises(UserError, match=message):
+            ops.FakeQuantizer(weight, None, get_grid("q4_0"), out, scales)
+
+
+def test_a_shape_that_cannot_be_is_named_while_tracing() -> None:
+    def forward(weight: Tensor) -> Tensor:
+        return torch.ops.qad.fake_quantize(weight, None, "q4_0", "none", 0.0, 0, 0, 0)[0]
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend="eager")
+    with pytest.raises(Exception, match=r"floats in two dimensions, not of torch.float32 \[64\]"):
+        compiled(torch.ones(64))
+    with pytest.raises(Exception, match=r"rows of 90 values are no multiple of 32 \(q4_0\)"):
+        compiled(torch.ones(2, 90))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 32, 256, 1024, -1, -256])
+def test_buffers_that_overlap(shift: int) -> None:
+    memory = torch.randn(8192, generator=torch.Generator().manual_seed(0))
+    weight, out = memory[2048:4096].view(8, 256), memory[2048 + shift : 4096 + shift].view(8, 256)
+    weight[3, 7] = torch.inf
+    expected = reference.fake_quantize(weight.clone(), None, get_grid("q4_0"))
+    ops.fake_quantize(weight, None, get_grid("q4_0"), out=out)
+    assert torch.equal(bits(out), bits(expected))
+    memory.copy_(torch.randn(8192, generator=torch.Generator().manual_seed(1)))
+    weight[3, 7] = torch.inf
+    expected = reference.fake_quantize(weight.clone(), None, get_grid("q4_0"))
+    ops.FakeQuantizer(weight, None, get_grid("q4_0"), out)()
+    assert torch.equal(bits(out), bits(expected))
+
+
+def test_scales_may_be_overwritten_by_those_used_and_by_nothing_else() -> None:
+    weight, scales = case("q4_0")
+    scales = scales * 1.01
+    expected_used = torch.empty_like(scales)
+    expected = reference.fake_quantize(weight, scales, get_grid("q4_0"), HARD, None, expected_used)
+    memory = torch.zeros(scales.numel() + 1)
+    given, used = memory[:-1].view(scales.shape).copy_(scales), memory[1:].view(scales.shape)
+    assert torch.equal(bits(ops.fake_quantize(weight, given, get_grid("q4_0"), HARD, None, used)), bits(expected))
+    assert torch.equal(bits(used), bits(expected_used))
+    assert torch.equal(bits(ops.fake_quantize(weight, scales, get_grid("q4_0"), HARD, None, scales)), bits(expected))
+    assert torch.equal(bits(scales), bits(expected_used))
+
+
+def test_a_view_that_is_negated_when_read() -> None:
+    weight, _ = case("q4_0")
+    view = torch._neg_view(weight)  # pyright: ignore[reportPrivateImportUsage]
+    assert view.is_contiguous()
+    assert not native.supports(view)
+    got = ops.fake_quantize(view, None, get_grid("q4_0"))
+    assert torch.equal(bits(got), bits(reference.fake_quantize(-weight, None, get_grid("q4_0"))))
+
+
+@pytest.mark.parametrize("which", ["weight", "out"])
+def test_tensors_that_no_longer_go_together_are_refused_until_they_do(which: str) -> None:
+    weight, _ = case("q4_0")
+    tensors = {"weight": weight, "out": torch.zeros_like(weight)}
+    fill = ops.FakeQuantizer(weight, None, get_grid("q4_0"), tensors["out"])
+    fill()
+    before = tensors[which].data
+    tensors[which].data = torch.ones(before.shape[0], before.shape[1] // 3)
+    for _ in range(3):  # the first refusal must not let the next one through
+        with pytest.raises(UserError, match=r"give one of floats \[5, "):
+            fill()
+    tensors[which].data = before * 2
+    fill()
+    assert torch.equal(bits(tensors["out"]), bits(reference.fake_quantize(weight, None, get_grid("q4_0"))))
+
+
+def test_threads_that_meet_other_memory_at_once() -> None:
+    weight = torch.ones(4, 64)
+    out = torch.zeros_like(weight)
+    fill = ops.FakeQuantizer(weight, None, get_grid("q4_0"), out)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for number in range(2, 500):
+                weight.data = torch.full_like(weight, float(number))
+                expected = reference.fake_quantize(weight, None, get_grid("q4_0"))
+                for done in [pool.submit(fill) for _ in range(4)]:
+                    done.result()
+                assert torch.equal(out, expected), number
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_an_unknown_grid_or_mode_is_named() -> None:
