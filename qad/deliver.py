@@ -246,8 +246,8 @@ def export_command(
         The exit status: 0, or 130 after an interrupt, of which one line says what was finished.
 
     Raises:
-        UserError: Bad names or options, a format that cannot carry the run, or a place that cannot be written. Of
-            several formats, those before it are then written and whole.
+        UserError: Bad names or options, an artifact that was changed, a format that cannot carry the run, or a place
+            that cannot be written. Of several formats, those before it are then written and whole.
     """
     console = Console()
     names = parse_formats(formats)
@@ -278,6 +278,12 @@ def _export(
         exporter: Any = export.get("onnx")
         exporter.check_options(**onnx)
     artifact = open_artifact(run)
+    # What is written carries the run's hash: it must not vouch for weights that the run never had.
+    if not artifact.is_whole():
+        raise UserError(
+            f"the artifact in {artifact.folder} is not what its run hash was taken of: a file in it was changed, added "
+            "or lost; copy the run again, or train it again"
+        )
     several = len(names) > 1
     if several and output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: for several formats name a folder with -o")

@@ -53,8 +53,8 @@ class VerifyResult:
         computing: How a runtime is to compute with them, as the file says; None if it does not.
         run_hash: Of the artifact.
         file_run_hash: As the file's metadata has it, None if it has none.
-        artifact_changed: Whether the artifact's own files (tokenizer, configuration) are other than when the run hash
-            was taken of them.
+        artifact_changed: Whether the artifact's files (weights, tokenizer, configuration) are other than when the run
+            hash was taken of them.
     """
 
     quantized: int

@@ -61,8 +61,8 @@ def _print_proof(console: Console, result: VerifyResult) -> None:
     if len(result.mismatches) > shown:
         _say(console, f"  and {len(result.mismatches) - shown} more", "red")
     if result.artifact_changed:
-        told = "the run's artifact was changed after it was made: a file of its tokenizer or configuration is another"
-        _say(console, f"{told}, or one was added; copy the run again, or train it again", "bold red")
+        told = "the run's artifact was changed after it was made: a file in it (weights, tokenizer, configuration)"
+        _say(console, f"{told} is another, or was added or lost; copy the run again, or train it again", "bold red")
     ours, theirs = result.run_hash[:16], result.file_run_hash and result.file_run_hash[:16]
     if result.requantized:
         told = "NOT EXACT: the file says that its weights were rounded again when it was exported (--requantize)"

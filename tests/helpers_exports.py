@@ -1,12 +1,14 @@
 """Artifacts of tiny models and what is exported of them."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qad import artifact as artifacts
 from qad.artifact import Artifact
 from qad.export import Exporter
 from tests.helpers_models import make_artifact
@@ -26,6 +28,15 @@ def make_export(exporter: Exporter, place: Path, case: str, **options: Any) -> t
     artifact = make_artifact(place.parent, case, **options)
     exporter.write(artifact, place)
     return artifact, place
+
+
+def seal(folder: Path) -> None:
+    """Give an artifact that was changed the hash of what it is now, as if it had been trained so."""
+    file = folder / "artifact.json"
+    description = json.loads(file.read_text())
+    del description["run_hash"]
+    description["run_hash"] = artifacts._hash(description, folder)
+    file.write_text(json.dumps(description))
 
 
 def exports_made_once(

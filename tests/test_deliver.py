@@ -22,6 +22,7 @@ from qad.tensor import dequantize, mse_scales, quantize
 from qad.verify import verify
 from qad.verify_command import verify_command
 from tests.helpers_commands import interrupted
+from tests.helpers_exports import seal
 from tests.helpers_models import make_artifact
 from tests.helpers_runs import SIZES as SMALL
 from tests.helpers_runs import save_model
@@ -201,8 +202,35 @@ def test_options_are_checked_before_the_first_format(tmp_path: Path, options: di
 def test_damaged_generation_settings(tmp_path: Path, content: str) -> None:
     artifact = make_artifact(tmp_path / "run", "llama-tied", **SMALL)
     (artifact.folder / "generation_config.json").write_text(content)
+    seal(artifact.folder)
     with pytest.raises(UserError, match=r"generation_config.json cannot be read .*: copy it again, or delete it"):
         export_command(tmp_path / "run", "gptq", tmp_path / "out", requantize=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def _flip_a_code(folder: Path) -> None:
+    file = folder / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2000] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _flip_a_code,
+        lambda folder: (folder / "notes.txt").write_text("mine"),
+        lambda folder: (folder / "tokenizer_config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text() + "\n"),
+    ],
+    ids=["weights", "added", "lost", "configuration"],
+)
+@pytest.mark.parametrize("formats", ["gguf", "gguf,gptq"])
+def test_nothing_vouches_for_an_artifact_that_was_changed(tmp_path: Path, formats: str, change: Any) -> None:
+    artifact = make_artifact(tmp_path / "run", "llama-tied", **SMALL)
+    change(artifact.folder)
+    with pytest.raises(UserError, match=r"a file in it was changed, added or lost; copy the run again"):
+        export_command(tmp_path / "run", formats, tmp_path / "out.gguf", requantize=False)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -219,10 +247,12 @@ def test_an_old_manifest_does_not_outlive_what_it_describes(tmp_path: Path) -> N
     export_command(tmp_path / "run", "gguf,gptq", out, requantize=False)
     settings = tmp_path / "run" / "artifact" / "generation_config.json"
     settings.write_text("{")  # no GGUF file holds it
+    seal(settings.parent)
     with pytest.raises(UserError, match="cannot be read"):
         export_command(tmp_path / "run", "gguf,gptq", out, requantize=False)
     assert not (out / MANIFEST).exists()
     settings.unlink()
+    seal(settings.parent)
     assert verify(tmp_path / "run", out / "student.gguf").ok
 
 
@@ -303,6 +333,7 @@ def test_the_cost_is_measured_against_the_teacher(tmp_path: Path, capsys: pytest
     content = json.loads(description.read_text())
     content["recipe"]["teacher"] = teacher
     description.write_text(json.dumps(content))
+    seal(artifact.folder)
     assert open_artifact(tmp_path / "run").recipe["teacher"] == teacher
     export_command(tmp_path / "run", "gguf", tmp_path / "x.gguf", requantize=True)
     told = fold(capsys.readouterr().out)
