@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-# Set before any library that reads them is imported. TRL pings its makers once per trainer; qad does not.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Set before any library that reads them is imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,6 +1,9 @@
 """Runtimes: llama.cpp computes what torch computes, cuts text as the tokenizer does, and says what it cannot open."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -310,3 +313,20 @@ def test_free_cores_is_a_sane_number() -> None:
 
 def test_llamacpp_reports_whether_it_is_installed() -> None:
     assert (importlib.util.find_spec("llama_cpp") is None) <= (_REASON is not None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="ONNX Runtime is not installed")
+def test_telemetry_is_off(tmp_path: Path) -> None:
+    # ONNX Runtime sends nothing where continuous integration runs: it must not take this for such a place.
+    wanted = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+    inherited = {name: os.environ[name] for name in wanted if name in os.environ}
+
+    def kept(program: str, home: Path) -> list[Path]:
+        home.mkdir()
+        environment = {**inherited, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+        return [path for path in home.rglob("*") if path.is_file()]
+
+    if not kept("import onnxruntime", tmp_path / "without"):
+        pytest.skip("this ONNX Runtime keeps no identifier of the machine")
+    assert kept("from qad.runtimes import ort; assert ort.available() is None", tmp_path / "with") == []
