@@ -48,4 +48,7 @@ DataOption = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue the run in -o with the options it has, or start it.")
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; by default the free physical cores.", min=1)]
+# llama.cpp knows no more than 512, and other runtimes crash where threads cannot be made.
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="CPU threads; by default the free physical cores.", min=1, max=512)
+]

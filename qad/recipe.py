@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ LOSS_ON = ("all", "completion")
 LR_UNITS = ("grid", "weight")
 RECIPE_FILE = "recipe.json"
 _LISTS = ("data", "formats", "tasks")
+# Each says by itself which tensor gets which grid.
+_GRID_CHOICES = ("bits", "grid", "plan", "budget")
+
+
+def _refuse_several(given: Sequence[str]) -> None:
+    if len(given) > 1:
+        options = " and ".join(f"--{key}" for key in given)
+        raise UserError(f"{options} each say which tensor gets which grid: give one of them")
 
 
 @dataclass(frozen=True)
@@ -167,10 +176,7 @@ class Recipe:
         if self.plan and self.plan not in NAMED:
             raise unknown_name("plan", self.plan, list(NAMED))
         check_rules(self.rules, "the recipe")
-        chosen = {"--bits": self.bits != 4, "--grid": self.grid, "--plan": self.plan, "--budget": self.budget}
-        given = [option for option, value in chosen.items() if value]
-        if len(given) > 1:
-            raise UserError(f"{' and '.join(given)} each say which tensor gets which grid: give one of them")
+        _refuse_several([key for key in _GRID_CHOICES if getattr(self, key) != getattr(Recipe, key)])
         if self.rules and (self.plan or self.budget):
             raise UserError("a plan of rules goes with --bits or --grid, and not with a named plan or --budget")
 
@@ -199,8 +205,17 @@ class Recipe:
         return self.student or self.teacher
 
     def override(self, **changes: Any) -> "Recipe":
-        """Return a copy with the given fields; None leaves a field as it is."""
+        """Return a copy with the given fields; None leaves a field as it is.
+
+        What says which tensor gets which grid takes the place of what said it before.
+
+        Raises:
+            UserError: A value out of range, or several that contradict one another.
+        """
         changes = {key: value for key, value in changes.items() if value is not None}
+        if given := [key for key in _GRID_CHOICES if key in changes]:
+            _refuse_several(given)
+            changes = {key: getattr(Recipe, key) for key in _GRID_CHOICES} | changes
         if "batch_size" in changes and "micro_batch" not in changes:
             changes["micro_batch"] = min(self.micro_batch, changes["batch_size"])
             while changes["batch_size"] % changes["micro_batch"]:

@@ -80,6 +80,18 @@ def test_overrides() -> None:
     assert recipe.override(gradient_checkpointing=True).gradient_checkpointing
 
 
+@pytest.mark.parametrize("choice", [{"grid": "q8_0"}, {"plan": "q6_k"}, {"budget": 5.5}], ids=str)
+def test_what_says_the_grids_is_given_once(choice: dict[str, Any]) -> None:
+    (name,) = choice
+    for bits in (4, 8):
+        with pytest.raises(UserError, match=rf"--bits and --{name} each say which tensor gets which grid"):
+            Recipe().override(bits=bits, **choice)
+    # In place of the recipe's own.
+    assert Recipe(bits=8).override(**choice) == dataclasses.replace(Recipe(), **choice)
+    assert dataclasses.replace(Recipe(), **choice).override(bits=4) == Recipe()
+    assert dataclasses.replace(Recipe(), **choice).override(steps=3) == dataclasses.replace(Recipe(steps=3), **choice)
+
+
 @pytest.mark.parametrize(("batch", "micro"), [(8, 4), (6, 3), (7, 1), (2, 2), (1, 1), (12, 4)])
 def test_a_new_batch_size_brings_a_micro_batch_that_divides_it(batch: int, micro: int) -> None:
     recipe = Recipe(batch_size=8, micro_batch=4).override(batch_size=batch)
