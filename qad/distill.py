@@ -11,6 +11,7 @@ run.jsonl            one line per step and evaluation
 result.json          the figures of the finished run
 """
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, set_seed
 
 from qad.artifact import save_artifact
 from qad.callbacks import JsonLog, ProgressBar
+from qad.checkpoints import CHECKPOINTS, check_checkpoint, checkpoint_step, last_checkpoint
 from qad.errors import UserError
 from qad.files import replacing_file
 from qad.gptq_init import initialize
@@ -40,13 +42,14 @@ from qad.recipe import Recipe
 from qad.student import Masters
 from qad.teacher import TeacherCache, build_cache
 from qad.tensor import dequantize
-from qad.train import CHECKPOINTS, Collator, QADTrainer, checkpoint_step, last_checkpoint, padding_id
+from qad.train import Collator, QADTrainer, padding_id
 
 
 def _measure_rounded(run: Path, student: PreTrainedModel, plan: Plan, trainer_measure: Any) -> Quality:
     """Return the figures of the student rounded to nearest; kept in the run folder for when it is resumed."""
     file = run / "rounded.json"
-    if file.exists():
+    # One that was damaged is no loss: it is measured anew.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Quality.of(json.loads(file.read_text()))
     rounded = copy.deepcopy(student)
     initialize(rounded, plan, "rtn")
@@ -120,6 +123,7 @@ def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
     cache = _teacher_cache(recipe, run, teacher, student, train_rows, console)
     checkpoint = last_checkpoint(run)
     if checkpoint is not None:
+        check_checkpoint(checkpoint)
         console.print(f"continuing after step {checkpoint_step(checkpoint)} of {recipe.steps}", highlight=False)
     # Without a teacher the first row of the table is the model itself, before anything is rounded.
     fresh = not (taught and (run / "rounded.json").exists())

@@ -31,19 +31,18 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from qad.checkpoints import CHECKPOINTS, checkpoint_step, seal_checkpoint
 from qad.errors import UserError
-from qad.files import recover_folder, replacing_folder
+from qad.files import replacing_folder
 from qad.losses import IGNORE, CachedTeacher, LiveTeacher, NoTeacher, TeacherChunks, chunked_distillation
 from qad.measure import Batch, Quality, last_hidden, measure, output_head, shifted_labels
 from qad.recipe import Recipe
 from qad.student import Masters
 from qad.teacher import TeacherCache
 
-CHECKPOINTS = "checkpoints"
 _STATE_FILE = "student.safetensors"
 _BEST_FILE = "best.json"
 
@@ -338,6 +337,7 @@ class QADTrainer(SFTTrainer):
             self.state.save_to_json(str(staging / "trainer_state.json"))
             best = None if self.best is None else [self.best[0], self.best[1].to_dict()]
             (staging / _BEST_FILE).write_text(json.dumps(best))
+            seal_checkpoint(staging)
         for other in folder.parent.glob("checkpoint-*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
@@ -359,20 +359,3 @@ class QADTrainer(SFTTrainer):
         best = json.loads((folder / _BEST_FILE).read_text())
         self.best = None if best is None else (best[0], Quality.of(best[1]))
         self._filled_for = None
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """Return the optimizer step after which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, and clear away what a kill left half written."""
-    folder = run / CHECKPOINTS
-    if not folder.is_dir():
-        return None
-    for leftover in list(folder.glob(".checkpoint-*")):
-        name = leftover.name[1:].split(".")[0]
-        recover_folder(folder / name)
-    found = get_last_checkpoint(str(folder))
-    return None if found is None else Path(found)

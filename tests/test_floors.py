@@ -73,6 +73,7 @@ FLOORS = {
     "qad.callbacks": 5,
     "qad.outcome": 5,
     "qad.prepare": 5,
+    "qad.checkpoints": 5,
     "qad.train": 5,
     "qad.data": 5,
     "qad.algebra": 5,

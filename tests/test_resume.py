@@ -17,6 +17,7 @@ from torch import Tensor
 
 import qad.distill
 from qad.distill import distill
+from qad.errors import UserError
 from qad.outcome import Outcome
 from qad.recipe import Recipe, load_recipe
 from qad.train import QADTrainer
@@ -199,7 +200,14 @@ def test_a_kill_after_the_last_step_takes_no_step_more(
         patch.setattr(Outcome, "save", stop)
         with pytest.raises(Stopped):
             distill(recipe, tmp_path / "stopped", resume=False, console=Console(quiet=True))
-    assert (tmp_path / "stopped" / "checkpoints" / "checkpoint-7").is_dir()
+    best = tmp_path / "stopped" / "checkpoints" / "checkpoint-7" / "best.json"
+    content = best.read_text()
+    best.write_text(content[:20])
+    with pytest.raises(UserError, match=r"checkpoint-7 is damaged \(best.json is not what was written\); delete"):
+        distill(recipe, tmp_path / "stopped", resume=True, console=Console(quiet=True))
+    best.write_text(content)
+    # Only figures for the table, which are measured anew.
+    (tmp_path / "stopped" / "rounded.json").write_text("{")
     distill(recipe, tmp_path / "stopped", resume=True, console=Console(quiet=True))
     check_same(tmp_path / "stopped", tmp_path / "whole")
 

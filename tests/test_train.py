@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from qad.artifact import open_artifact, tensor_sha256
+from qad.checkpoints import check_checkpoint, checkpoint_step, last_checkpoint
 from qad.distill import distill
 from qad.errors import UserError
 from qad.files import replacing_file
@@ -30,7 +31,7 @@ from qad.outcome import Outcome, load_outcome
 from qad.prepare import gather_rows
 from qad.recipe import Recipe
 from qad.student import Masters
-from qad.train import Collator, QADTrainer, checkpoint_step, last_checkpoint
+from qad.train import Collator, QADTrainer
 from tests.helpers_models import make_tokenizer
 from tests.helpers_runs import make_trainer, save_chats, save_model, save_text, tiny, token_rows
 
@@ -432,6 +433,27 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = make_trainer(tmp_path / "other", recipe, student=tiny(num_hidden_layers=1))
     with pytest.raises(UserError, match="belongs to another model"):
         other.trainer.train(resume_from_checkpoint=str(found))
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path, QUICK.override(steps=2, save_every=1)).trainer.train()
+    folder = last_checkpoint(tmp_path)
+    assert folder is not None
+    check_checkpoint(folder)
+    files = sorted(folder.iterdir())
+    assert {"student.safetensors", "optimizer.pt", "trainer_state.json", "best.json"} < {file.name for file in files}
+    for file in files:
+        content = file.read_bytes()
+        flipped = bytes([*content[:-1], content[-1] ^ 1])
+        for damage in (content[: len(content) // 2], b"", flipped):
+            file.write_bytes(damage)
+            with pytest.raises(UserError, match=rf"checkpoint-2 .*; delete {re.escape(str(folder))} to start"):
+                check_checkpoint(folder)
+        file.unlink()
+        with pytest.raises(UserError, match=rf"cannot be read .*{re.escape(file.name)}"):
+            check_checkpoint(folder)
+        file.write_bytes(content)
+    check_checkpoint(folder)
 
 
 def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
