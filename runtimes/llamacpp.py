@@ -290,7 +290,10 @@ class LlamaSession(Closing):
         """
         most = self._context.most_sequences()
         if k > most:
-            raise UserError(f"{k} trajectories are above this session's limit of {most}: ask for {most} at a time")
+            raise UserError(
+                f"{k} trajectories are above this session's limit of {most}: ask for {most} at a time "
+                f"(qad think --wave {most})"
+            )
         cells = self._context.most_cells(prompt + k)
         limit = self._model.trained_context
         if prompt + 1 > limit:

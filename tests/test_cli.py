@@ -157,7 +157,8 @@ def test_help_loads_no_heavy_library() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train", "--stepz", "3"], ["train", "--steps", "many"], ["trian"], ["export"], ["train", "--steps", "-1"], []],
+    [["train", "--stepz", "3"], ["train", "--steps", "many"], ["trian"], ["export"], ["train", "--steps", "-1"], [],
+     ["bench", "x.gguf", "--threads", "513"], ["think", "x.gguf", "hi", "--threads", "0"]],
     ids=" ".join,
 )
 def test_typing_errors(qad: Call, arguments: list[str]) -> None:

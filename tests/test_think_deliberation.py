@@ -1,6 +1,7 @@
 """Deliberations by a real model: what their prompts hold, reuse and have room for."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -9,7 +10,16 @@ from qad.final_answer import extract
 from qad.runtimes import llamacpp
 from qad.think import Event, ThinkOptions, deliberate, think, vote
 from qad.think.deliberation import lacks_room
-from qad.think.deliberation_prompt import CUT, CUT_OFF, Draft, make_prompt, prompt_text, prune, shares
+from qad.think.deliberation_prompt import (
+    CUT,
+    CUT_OFF,
+    Draft,
+    check_room,
+    make_prompt,
+    prompt_text,
+    prune,
+    shares,
+)
 from tests.helpers_runtimes import needs
 from tests.helpers_think import BRIEF, SUM, WARM, cool, tokens
 
@@ -124,6 +134,28 @@ def test_pruning_keeps_the_end(random_llama: llamacpp.LlamaSession) -> None:
     # Characters of several tokens are not cut in two.
     (emoji,) = prune(random_llama, [Draft("👍🏽 " * 200)], 50)
     assert "\ufffd" not in emoji
+
+
+@needs("llamacpp")
+def test_what_fits_is_found_in_few_looks(random_llama: llamacpp.LlamaSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    template = random_llama.chat_prompt
+
+    def chat_prompt(text: str) -> list[int]:
+        looks.append(text)
+        return template(text)
+
+    monkeypatch.setattr(random_llama, "chat_prompt", chat_prompt)
+
+    def told(count: int) -> str:
+        with pytest.raises(UserError) as refused:
+            check_room(random_llama, "Hi?", count, new_tokens=400)
+        return str(refused.value)
+
+    (fits,) = re.findall(r"--k (\d+) fits", told(3000))
+    assert len(looks) < 20
+    check_room(random_llama, "Hi?", int(fits), new_tokens=400)
+    assert f"--k {fits} fits" in told(int(fits) + 1)
 
 
 @needs("llamacpp")

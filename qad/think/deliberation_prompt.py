@@ -12,6 +12,7 @@ beginning of a line or a sentence on. What was cut is marked. Shares are even, a
 goes to the long ones.
 """
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,20 +157,23 @@ def _check_budget(budget: int | None, count: int) -> None:
 
 
 def _no_room(session: Session, question: str, count: int, new_tokens: int, side_by_side: int) -> UserError:
-    assert session.context is not None
+    context = session.context
+    assert context is not None
     frame = _frame(session, question, [_LONG] * count)
-    left = session.context - frame - _least(new_tokens) * count
+    left = context - frame - _least(new_tokens) * count
     answers = (
         f"{side_by_side} answers of {new_tokens} tokens" if side_by_side > 1 else f"an answer of {new_tokens} tokens"
     )
     fits = [f"--new-tokens {left // side_by_side} fits"] if left >= side_by_side else []
-    for fewer in range(count - 1, 0, -1):
-        rest = session.context - _frame(session, question, [_LONG] * fewer) - side_by_side * new_tokens
-        if rest >= _least(new_tokens) * fewer:
-            fits.append(f"--k {fewer} fits")
-            break
+
+    def is_too_many(fewer: int) -> bool:
+        rest = context - _frame(session, question, [_LONG] * fewer) - side_by_side * new_tokens
+        return rest < _least(new_tokens) * fewer
+
+    if fewer := bisect.bisect_left(range(1, count), True, key=is_too_many):
+        fits.append(f"--k {fewer} fits")
     return UserError(
-        f"no room to deliberate: the model's context of {session.context} tokens has to hold the question and the "
+        f"no room to deliberate: the model's context of {context} tokens has to hold the question and the "
         f"instructions ({frame}), {answers}, and at least {_least(new_tokens)} of each of {count} trajectories: "
         f"{', or '.join(fits) or 'shorten the question'}, or vote (--method vote, for qad eval --methods vote)"
     )
