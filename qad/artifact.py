@@ -209,6 +209,10 @@ def open_artifact(run: Path) -> Artifact:
     """
     folder = run if (run / _DESCRIPTION).is_file() else run / FOLDER
     recover_folder(folder)
+    if run.is_file():
+        raise UserError(f"{run} is a file: name the run folder that `qad train` or `qad quantize` made")
+    if not (folder / _DESCRIPTION).is_file() and (run / "config.json").is_file() and not (run / WEIGHTS).exists():
+        raise UserError(f"{run} is a model and no run: `qad quantize {run} -o RUN` or `qad train` makes one of it")
     if not (folder / _DESCRIPTION).is_file():
         reason = "the run is unfinished: continue it with --resume" if (run / "recipe.json").exists() else "no such run"
         raise UserError(f"{run} holds no artifact ({reason}); `qad train -o {run}` makes one")

@@ -279,8 +279,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        # What is not written through qad.files: logs, the caches of libraries.
-        explained = explain(error, Path(error.filename or "a file"))
+        # What is not written through qad.files: standard output, logs, the caches of libraries.
+        explained = explain(error, Path(error.filename or "standard output or a log"))
         if explained is None:
             raise
         print(f"error: {explained}", file=sys.stderr)

@@ -46,7 +46,7 @@ DataOption = Annotated[
     ),
 ]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in -o with the options it has, or start it.")
+    bool, typer.Option("--resume", help="Continue the run in -o with the options it has, or start it with those given.")
 ]
 # llama.cpp knows no more than 512, and other runtimes crash where threads cannot be made.
 ThreadsOption = Annotated[

@@ -187,6 +187,9 @@ def train(
         tensorboard=tensorboard,
         seed=seed,
     )
+    if resume and stored is None and resolved == base and recipe is None:
+        # With the options of a run this starts it; without any it would train another model than was meant.
+        raise UserError(f"{output} holds no run to continue: check -o, or give the options that start one")
     from qad.distill import distill
     from qad.outcome import print_outcome
 

@@ -6,6 +6,7 @@ between machines. Each process that finds no library builds its own in a tempora
 lock can go stale, and what is given up is the work of those that come second.
 """
 
+import errno
 import hashlib
 import os
 import platform
@@ -114,6 +115,11 @@ def _run(commands: Sequence[list[str]]) -> None:
         for command, process in zip(commands, running, strict=True)
         if (errors := process.communicate()[1]) is not None and process.returncode
     ]
+    if any(os.strerror(errno.ENOSPC) in failure for failure in failures):
+        raise NativeUnavailable(
+            "the kernels cannot be compiled, for the disk is full: free some space, or name other places with "
+            "XDG_CACHE_HOME and TMPDIR"
+        )
     if failures:
         raise NativeUnavailable("the kernels do not compile; CXX can name another C++ compiler\n" + failures[0])
 

@@ -37,7 +37,8 @@ class Misfit:
     fits: tuple[str, ...]
 
     def __str__(self) -> str:
-        remedy = f"grids that fit: {', '.join(self.fits)}" if self.fits else "no grid fits this width"
+        keep = f'no grid fits this width: keep it with --plan FILE that says {{"{self.name}": "keep"}}'
+        remedy = f"grids that fit: {', '.join(self.fits)}" if self.fits else keep
         block = get_grid(self.grid).unit
         return f"{self.name}: rows of {self.columns} values are no multiple of {block} ({self.grid}); {remedy}"
 

@@ -174,7 +174,7 @@ def _read_text(file: Path | None) -> str:
     if file is None:
         return resources.files("qad.data").joinpath("verify.txt").read_text(encoding="utf-8")
     if not file.is_file():
-        raise UserError(f"{file} is missing: give a text file with --text")
+        raise UserError(f"{file} is {'a folder' if file.is_dir() else 'missing'}: give a text file with --text")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -123,6 +123,22 @@ def test_no_run(tmp_path: Path) -> None:
         open_artifact(tmp_path / "nowhere")
 
 
+def test_what_is_no_run_but_looks_like_something(tmp_path: Path, save: Saver) -> None:
+    file = tmp_path / "student.gguf"
+    file.touch()
+    with pytest.raises(UserError, match=r"student.gguf is a file: name the run folder"):
+        open_artifact(file)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model is a model and no run: `qad quantize .*model -o RUN`"):
+        open_artifact(tmp_path / "model")
+    artifact = save(tmp_path / "run")
+    (artifact.folder / "artifact.json").unlink()
+    for lost in (tmp_path / "run", artifact.folder):
+        with pytest.raises(UserError, match="no such run"):
+            open_artifact(lost)
+
+
 def test_an_unfinished_run(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{}")
     with pytest.raises(UserError, match="unfinished.*--resume"):

@@ -157,8 +157,16 @@ def test_help_loads_no_heavy_library() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train", "--stepz", "3"], ["train", "--steps", "many"], ["trian"], ["export"], ["train", "--steps", "-1"], [],
-     ["bench", "x.gguf", "--threads", "513"], ["think", "x.gguf", "hi", "--threads", "0"]],
+    [
+        ["train", "--stepz", "3"],
+        ["train", "--steps", "many"],
+        ["trian"],
+        ["export"],
+        ["train", "--steps", "-1"],
+        [],
+        ["bench", "x.gguf", "--threads", "513"],
+        ["think", "x.gguf", "hi", "--threads", "0"],
+    ],
     ids=" ".join,
 )
 def test_typing_errors(qad: Call, arguments: list[str]) -> None:
@@ -220,6 +228,28 @@ def test_a_folder_that_holds_another_run(qad: Call, tmp_path: Path, model: Path)
     assert finished.code == 0
     assert "is finished" in finished.out
     assert tree(run) == before
+
+
+def test_nothing_to_resume(qad: Call, tmp_path: Path, model: Path) -> None:
+    typo = tmp_path / "rnu"
+    check_error(qad("train", "--resume", "-o", typo), r"rnu holds no run to continue: check -o, or give the options")
+    assert not typo.exists()
+    assert qad("train", *options(model), "--steps", "1", "--resume", "-o", tmp_path / "run").code == 0
+
+
+def test_a_text_that_is_a_folder(qad: Call, tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path / "run", "llama-tied")
+    assert qad("export", tmp_path / "run", "-o", tmp_path / "x.gguf").code == 0
+    result = qad("verify", tmp_path / "run", tmp_path / "x.gguf", "--text", artifact.folder)
+    check_error(result, r"artifact is a folder: give a text file with --text")
+
+
+def test_standard_output_on_a_full_disk() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m qad.cli devices > /dev/full", shell=True, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert "disk is full while writing standard output" in done.stderr
 
 
 def test_a_folder_that_is_not_empty(qad: Call, tmp_path: Path, model: Path) -> None:

@@ -866,6 +866,15 @@ def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not list((fresh / "cache/qad").glob("*/*"))
 
 
+def test_a_full_disk_is_not_the_compilers_fault(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "echo 'Fatal error: cannot write x.o: No space left on device' >&2"
+    monkeypatch.setenv("CXX", script(fresh / "c++", said, "exit 1"))
+    reason = native.available()
+    assert reason is not None
+    assert "the disk is full: free some space, or name other places with XDG_CACHE_HOME and TMPDIR" in reason
+    assert "CXX" not in reason
+
+
 @needs_library
 def test_a_compiler_older_than_an_instruction(tmp_path: Path) -> None:
     if platform.machine() != "x86_64":
