@@ -26,10 +26,10 @@ from qad.architectures import detect_splitter
 from qad.errors import UserError
 from qad.gguf_check import read_header
 from qad.gguf_load import read_config, read_tokenizer
-from qad.grid import GRIDS
+from qad.grid import GRIDS, Grid
 from qad.model import check_architecture, hub_is_unreachable, is_gguf, load_tokenizer, read_hf_config, resolve_source
 from qad.ops import describe
-from qad.plan import find_misfits, is_tied
+from qad.plan import FALLBACKS, find_misfits, is_tied
 from qad.runtimes import get, names
 
 # Bytes a parameter takes in training, by what holds them. Adam keeps two moments of every parameter.
@@ -184,12 +184,7 @@ def _model(source: str) -> Table:
     table.add_row("vocabulary", described)
     table.add_row("tokenizer splits as", splitter)
     for grid in GRIDS.values():
-        misfits = find_misfits(dict.fromkeys(columns, grid.name), columns)
-        fits = f"all {len(columns)} tensors fit"
-        if misfits:
-            examples = escape("; ".join(str(misfit) for misfit in misfits[:3]))
-            fits = f"[yellow]{len(misfits)} of {len(columns)} tensors do not fit[/]: {examples}"
-        table.add_row(f"grid {grid.name}", f"{fits} ({grid.bits_per_weight:g} bits per weight)")
+        table.add_row(f"grid {grid.name}", f"{_fit(grid, columns)} ({grid.bits_per_weight:g} bits per weight)")
     terms = " + ".join(f"{size} {name}" for name, size in _TRAINING_BYTES.items())
     needed = parameters * sum(_TRAINING_BYTES.values()) / 1e9
     free = psutil.virtual_memory().available / 1e9
@@ -200,6 +195,18 @@ def _model(source: str) -> Table:
         f"{formula}, with a teacher of the same size; activations come on top{verdict}",
     )
     return table
+
+
+def _fit(grid: Grid, columns: dict[str, int]) -> str:
+    """Return how many tensors a grid fits, and what becomes of the others, as markup."""
+    misfits = find_misfits(dict.fromkeys(columns, grid.name), columns)
+    if not misfits:
+        return f"all {len(columns)} tensors fit"
+    told = f"[yellow]{len(misfits)} of {len(columns)} tensors do not fit[/]"
+    fallback = FALLBACKS.get(grid.name)
+    if fallback in GRIDS and not find_misfits({misfit.name: fallback for misfit in misfits}, columns):
+        return f"{told} and get {fallback} in its place"
+    return f"{told}, such as {escape(str(misfits[0]))}"
 
 
 def doctor_command(model: str | None = None) -> int:

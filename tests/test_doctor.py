@@ -90,6 +90,17 @@ def test_a_folder_and_its_gguf_say_the_same(case: str, tmp_path: Path, capsys: p
     assert ("tied to the embedding" if tied else "of its own") in _row(from_folder, "output head")
 
 
+def test_a_grid_that_falls_back_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    make_model("llama-tied").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert doctor_command(str(tmp_path)) == 0
+    output = capsys.readouterr().out
+    assert "all 15 tensors fit" in _row(output, "grid q4_1")
+    assert "15 of 15 tensors do not fit and get q4_1 in its place" in _row(output, "grid q4_k")
+
+
 def test_rows_that_no_block_divides_and_padding_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -100,6 +111,7 @@ def test_rows_that_no_block_divides_and_padding_are_told(
     output = capsys.readouterr().out
     assert "2 of 15 tensors do not fit" in _row(output, "grid q4_0")
     assert "model.layers.0.mlp.down_proj.weight: rows of 100 values" in _row(output, "grid q4_0")
+    assert "15 of 15 tensors do not fit" in _row(output, "grid q4_k")  # not what takes its place either
     assert "13 rows of padding" in _row(output, "vocabulary")
     assert "gpt-2 (detected)" in _row(output, "tokenizer splits as")
 
