@@ -76,6 +76,7 @@ int qad_set_isa(int isa);
  *
  * scales: one float per block, rounded to the grid here; null: each block's absmax scale.
  * used_scales: null, or receives the rounded scale of each block. May be `scales` itself.
+ * out: may be `weights` itself, where both are of one dtype.
  */
 int64_t qad_fake_quantize(const void *weights, int weights_dtype, const float *scales, float *used_scales, void *out,
                           int out_dtype, int64_t blocks, const qad_grid *grid, const qad_noise *noise, int threads);

@@ -106,7 +106,8 @@ class Artifact:
 
 def _hash(description: Mapping[str, Any], folder: Path) -> str:
     """Return the hash of a description and of every other file of an artifact."""
-    tops = [path for path in folder.iterdir() if path.name != _DESCRIPTION and not path.name.startswith(_EXPORTED)]
+    ours = (".", _DESCRIPTION, *_EXPORTED)  # hidden: what an interrupted export left, or other tools did
+    tops = [path for path in folder.iterdir() if not path.name.startswith(ours)]
     paths = [path for top in tops for path in (top, *top.rglob("*")) if path.is_file() and not is_dropping(path)]
     files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in paths}
     text = json.dumps({"description": description, "files": files}, sort_keys=True)

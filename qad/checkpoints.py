@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from qad.errors import UserError
-from qad.files import recover_folder, sha256_of_file
+from qad.files import is_dropping, recover_folder, sha256_of_file
 
 CHECKPOINTS = "checkpoints"
 _FILES = "files.json"
@@ -44,10 +44,15 @@ def check_checkpoint(folder: Path) -> None:
         UserError: They are not.
     """
     remedy = f"delete {folder} to start this run from its beginning, or copy the run again"
+    if not (folder / _FILES).is_file():
+        raise UserError(f"the checkpoint {folder.name} has no {_FILES}: it is damaged, or an older qad's; {remedy}")
     try:
         hashes = dict(json.loads((folder / _FILES).read_text()))
-        changed = [name for name, wanted in hashes.items() if sha256_of_file(folder / name) != wanted]
+        there = {path.name for path in folder.iterdir() if path.name != _FILES and not is_dropping(path)}
+        changed = sorted(there - hashes.keys()) + [
+            name for name, wanted in hashes.items() if sha256_of_file(folder / name) != wanted
+        ]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"the checkpoint {folder.name} cannot be read ({error}); {remedy}") from error
     if changed:
-        raise UserError(f"the checkpoint {folder.name} is damaged ({changed[0]} is not what was written); {remedy}")
+        raise UserError(f"the checkpoint {folder.name} is damaged ({changed[0]} is not as it was written); {remedy}")

@@ -149,7 +149,7 @@ def train(
     # A resumed run has its recipe; options given again must agree with it.
     stored = load_recipe(output) if resume and (output / RECIPE_FILE).is_file() else None
     base = recipes.get(recipe or "quick") if stored is None else stored
-    resolved = base.override(
+    given = dict(
         name=recipe,
         bits=bits,
         grid=grid,
@@ -187,9 +187,10 @@ def train(
         tensorboard=tensorboard,
         seed=seed,
     )
-    if resume and stored is None and resolved == base and recipe is None:
+    if resume and stored is None and all(value is None for value in given.values()):
         # With the options of a run this starts it; without any it would train another model than was meant.
         raise UserError(f"{output} holds no run to continue: check -o, or give the options that start one")
+    resolved = base.override(**given)
     from qad.distill import distill
     from qad.outcome import print_outcome
 

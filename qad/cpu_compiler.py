@@ -104,9 +104,11 @@ def _run(commands: Sequence[list[str]]) -> None:
     Raises:
         NativeUnavailable: One failed.
     """
+    environment = {**os.environ, "LC_ALL": "C"}  # what it says is looked into
     try:
         running = [
-            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") for command in commands
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment)
+            for command in commands
         ]
     except OSError as error:
         raise NativeUnavailable(f"the C++ compiler cannot be run: {error}; CXX can name another") from None

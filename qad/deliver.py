@@ -282,7 +282,7 @@ def _export(
     if not artifact.is_whole():
         raise UserError(
             f"the artifact in {artifact.folder} is not what its run hash was taken of: a file in it was changed, added "
-            "or lost; copy the run again, or train it again"
+            "or lost; take out what was put there, or else copy the run again, or train it again"
         )
     several = len(names) > 1
     if several and output is not None and output.exists() and not output.is_dir():

@@ -44,19 +44,26 @@ from qad.teacher import TeacherCache, build_cache
 from qad.tensor import dequantize
 from qad.train import Collator, QADTrainer, padding_id
 
+_ROUNDED = "rounded.json"
+
 
 def _measure_rounded(run: Path, student: PreTrainedModel, plan: Plan, trainer_measure: Any) -> Quality:
     """Return the figures of the student rounded to nearest; kept in the run folder for when it is resumed."""
-    file = run / "rounded.json"
-    # One that was damaged is no loss: it is measured anew.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return Quality.of(json.loads(file.read_text()))
+    if (stored := _stored_rounded(run)) is not None:
+        return stored
     rounded = copy.deepcopy(student)
     initialize(rounded, plan, "rtn")
     quality = trainer_measure(rounded)
-    with replacing_file(file) as path:
+    with replacing_file(run / _ROUNDED) as path:
         path.write_text(json.dumps(quality.to_dict()))
     return quality
+
+
+def _stored_rounded(run: Path) -> Quality | None:
+    """Return those figures if they were measured before; None if not, or if they were damaged, which is no loss."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Quality.of(json.loads((run / _ROUNDED).read_text()))
+    return None
 
 
 def _teacher_cache(
@@ -126,7 +133,7 @@ def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
         check_checkpoint(checkpoint)
         console.print(f"continuing after step {checkpoint_step(checkpoint)} of {recipe.steps}", highlight=False)
     # Without a teacher the first row of the table is the model itself, before anything is rounded.
-    fresh = not (taught and (run / "rounded.json").exists())
+    fresh = not (taught and _stored_rounded(run) is not None)
     untrained = copy.deepcopy(student) if fresh else student
     # A checkpoint brings its own masters and scales: then any initialisation gives the right shapes.
     init = recipe.init if checkpoint is None else "rtn"

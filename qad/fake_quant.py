@@ -82,6 +82,7 @@ def _decoded(
     master_NK: Tensor, scales_NG: Tensor | None, offsets_NG: Tensor | None, grid: Grid
 ) -> tuple[Tensor, Tensor | None]:
     """Return the scales and offsets that forward uses, given those it was asked to use."""
+    scales_NG = None if scales_NG is None else scales_NG.resolve_neg()  # their bits are looked at
     if grid.is_plain:
         assert offsets_NG is None
         return (absmax_scales(master_NK, grid) if scales_NG is None else round_scales(scales_NG, grid)), None

@@ -43,26 +43,30 @@ def _kernels(grid: Grid | None, first: Tensor, *others: Tensor | None) -> Module
     return None
 
 
-def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Return whether two contiguous tensors share memory."""
-    start, other = first.data_ptr(), second.data_ptr()
-    return start < other + second.nbytes and other < start + first.nbytes
-
-
 def _forward_kernels(
     grid: Grid, master_NK: Tensor, scales_NG: Tensor | None, out: Tensor, used_scales_NG: Tensor | None
 ) -> ModuleType | None:
-    """Return the kernels for forward, or None for the reference; that one can write over what it reads."""
+    """Return the kernels for forward, or None for the reference, which alone can write over what it has yet to read."""
     kernels = _kernels(grid, master_NK, scales_NG, out, used_scales_NG)
     if kernels is None:
         return None
-    read = [master_NK] if scales_NG is None else [master_NK, scales_NG]
-    written = [out] if used_scales_NG is None else [out, used_scales_NG]
-    for buffer in written:
-        for tensor in (*read, *(other for other in written if other is not buffer)):
-            in_place = tensor is scales_NG and buffer is used_scales_NG and tensor.data_ptr() == buffer.data_ptr()
-            if not in_place and _overlap(buffer, tensor):
-                return None
+    # In place is all right: kernels read an element, or a scale, before they write it.
+    master, to = master_NK.data_ptr(), out.data_ptr()
+    master_end, to_end = master + master_NK.nbytes, to + out.nbytes
+    if to < master_end and master < to_end and not (to == master and out.dtype == master_NK.dtype):
+        return None
+    if scales_NG is None and used_scales_NG is None:
+        return kernels
+    size = 4 * (master_NK.numel() // grid.block)
+    given = None if scales_NG is None else scales_NG.data_ptr()
+    used = None if used_scales_NG is None else used_scales_NG.data_ptr()
+    if given is not None and to < given + size and given < to_end:
+        return None
+    if used is not None:
+        if (to < used + size and used < to_end) or (master < used + size and used < master_end):
+            return None
+        if given is not None and given != used and given < used + size and used < given + size:
+            return None
     return kernels
 
 
@@ -110,13 +114,14 @@ def _check_inputs(master: Tensor, scales: Tensor | None, grid: Grid, offsets: Te
             f"rows of {columns} values are no multiple of {grid.unit} ({grid.name}): choose a grid whose blocks divide "
             "them"
         )
-    wanted = [rows, columns // grid.block]
-    for what, given in (("scales", scales), ("offsets", offsets)):
-        if given is not None and (given.dtype != torch.float32 or list(given.shape) != wanted):
-            raise UserError(
-                f"the {what} are {given.dtype} {list(given.shape)}; convert or reshape them to torch.float32 {wanted}, "
-                f"one per block of {grid.block}"
-            )
+    if scales is not None or offsets is not None:
+        wanted = (rows, columns // grid.block)
+        for what, given in (("scales", scales), ("offsets", offsets)):
+            if given is not None and (given.dtype != torch.float32 or given.shape != wanted):
+                raise UserError(
+                    f"the {what} are {given.dtype} {list(given.shape)}; convert or reshape them to torch.float32 "
+                    f"{list(wanted)}, one per block of {grid.block}"
+                )
     if (offsets is not None) != (grid.minimum and scales is not None):
         if offsets is None:
             raise UserError(f"{grid.name} has minimums: give offsets with the scales")
@@ -132,11 +137,11 @@ def _check_buffers(master_NK: Tensor, grid: Grid, out: Tensor, used_scales_NG: T
     if out.shape != master_NK.shape or not out.is_floating_point():
         raise UserError(f"the buffer is {out.dtype} {list(out.shape)}; give one of floats {list(master_NK.shape)}")
     if used_scales_NG is not None:
-        wanted = [master_NK.shape[0], master_NK.shape[1] // grid.block]
-        if used_scales_NG.dtype != torch.float32 or list(used_scales_NG.shape) != wanted:
+        wanted = (master_NK.shape[0], master_NK.shape[1] // grid.block)
+        if used_scales_NG.dtype != torch.float32 or used_scales_NG.shape != wanted:
             raise UserError(
                 f"the buffer for scales is {used_scales_NG.dtype} {list(used_scales_NG.shape)}; give one of "
-                f"torch.float32 {wanted}"
+                f"torch.float32 {list(wanted)}"
             )
 
 

@@ -207,7 +207,8 @@ class Recipe:
     def override(self, **changes: Any) -> "Recipe":
         """Return a copy with the given fields; None leaves a field as it is.
 
-        What says which tensor gets which grid takes the place of what said it before.
+        What says which tensor gets which grid takes the place of what said it before: one of ``bits``, ``grid``,
+        ``plan`` and ``budget`` that of the others, and so do ``rules``, but for the first two, which go with them.
 
         Raises:
             UserError: A value out of range, or several that contradict one another.
@@ -215,7 +216,10 @@ class Recipe:
         changes = {key: value for key, value in changes.items() if value is not None}
         if given := [key for key in _GRID_CHOICES if key in changes]:
             _refuse_several(given)
-            changes = {key: getattr(Recipe, key) for key in _GRID_CHOICES} | changes
+            without = {"rules": ()} if given[0] in ("plan", "budget") else {}
+            changes = {key: getattr(Recipe, key) for key in _GRID_CHOICES} | without | changes
+        elif changes.get("rules"):
+            changes = {key: getattr(Recipe, key) for key in ("plan", "budget")} | changes
         if "batch_size" in changes and "micro_batch" not in changes:
             changes["micro_batch"] = min(self.micro_batch, changes["batch_size"])
             while changes["batch_size"] % changes["micro_batch"]:

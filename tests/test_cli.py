@@ -17,7 +17,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from qad import cli, recipes
+from qad import cli, distill, recipes
 from qad.artifact import open_artifact
 from qad.recipe import Recipe, load_recipe
 from tests.helpers_commands import interrupted
@@ -230,10 +230,16 @@ def test_a_folder_that_holds_another_run(qad: Call, tmp_path: Path, model: Path)
     assert tree(run) == before
 
 
-def test_nothing_to_resume(qad: Call, tmp_path: Path, model: Path) -> None:
+def test_nothing_to_resume(qad: Call, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     typo = tmp_path / "rnu"
     check_error(qad("train", "--resume", "-o", typo), r"rnu holds no run to continue: check -o, or give the options")
     assert not typo.exists()
+    started = []
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "distill", lambda recipe, *_, **__: started.append(recipe) or sys.exit(0))
+        for option in (("--bits", "4"), ("--recipe", "quick"), ("--seed", "0")):  # defaults, but given
+            assert qad("train", *option, "--resume", "-o", typo).code == 0
+    assert started == [Recipe()] * 3
     assert qad("train", *options(model), "--steps", "1", "--resume", "-o", tmp_path / "run").code == 0
 
 

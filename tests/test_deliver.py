@@ -229,9 +229,21 @@ def _flip_a_code(folder: Path) -> None:
 def test_nothing_vouches_for_an_artifact_that_was_changed(tmp_path: Path, formats: str, change: Any) -> None:
     artifact = make_artifact(tmp_path / "run", "llama-tied", **SMALL)
     change(artifact.folder)
-    with pytest.raises(UserError, match=r"a file in it was changed, added or lost; copy the run again"):
+    with pytest.raises(
+        UserError,
+        match=r"a file in it was changed, added or lost; take out what was put there, or else copy the run again",
+    ):
         export_command(tmp_path / "run", formats, tmp_path / "out.gguf", requantize=False)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_an_interrupted_export_left_in_the_artifact_does_not_change_it(tmp_path: Path) -> None:
+    folder = make_artifact(tmp_path / "run", "llama-tied", **SMALL).folder
+    for name in (".student.gguf.ab12cd34.tmp", ".gitattributes"):
+        (folder / name).write_bytes(b"half")
+    export_command(folder, "gguf", None, requantize=False)
+    assert verify(tmp_path / "run", folder / "student.gguf").ok
+    export_command(folder, "gguf,gptq", None, requantize=False)
 
 
 def test_a_grid_that_one_of_them_cannot_carry(tmp_path: Path) -> None:

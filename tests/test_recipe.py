@@ -89,6 +89,11 @@ def test_what_says_the_grids_is_given_once(choice: dict[str, Any]) -> None:
     # In place of the recipe's own.
     assert Recipe(bits=8).override(**choice) == dataclasses.replace(Recipe(), **choice)
     assert dataclasses.replace(Recipe(), **choice).override(bits=4) == Recipe()
+    rules = (("*", "q8_0"),)
+    other = Recipe(rules=rules).override(**choice)
+    assert other.rules == (rules if name == "grid" else ())
+    again = dataclasses.replace(Recipe(), **choice).override(rules=rules)
+    assert again == (Recipe(rules=rules, **choice) if name == "grid" else Recipe(rules=rules))
     assert dataclasses.replace(Recipe(), **choice).override(steps=3) == dataclasses.replace(Recipe(steps=3), **choice)
 
 

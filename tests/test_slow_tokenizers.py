@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from qad.artifact import open_artifact
 from qad.deliver import export_command
 from qad.errors import UserError
 from qad.export.gptq import run_hash
 from qad.hf_tokenizer import load_hf_tokenizer
+from tests.helpers_exports import seal
 from tests.helpers_models import make_artifact
 
 UNIGRAM, BPE = 1, 2
@@ -98,10 +100,11 @@ def test_a_tokenizer_that_is_a_program_goes_into_the_formats_that_keep_its_files
     (artifact.folder / "vocab.json").write_text(json.dumps(words))
     (artifact.folder / "merges.txt").write_text("#version: 0.2\na b</w>\n")
     (artifact.folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CTRLTokenizer"}))
+    seal(artifact.folder)
     with pytest.raises(
         UserError, match=r"\(CTRLTokenizer\) is a program .*: use --format gptq or onnx, which keep its"
     ):
         export_command(tmp_path / "run", "gguf", tmp_path / "out.gguf", requantize=False)
     export_command(tmp_path / "run", "gptq", tmp_path / "out", requantize=False)
-    assert run_hash(tmp_path / "out") == artifact.run_hash
+    assert run_hash(tmp_path / "out") == open_artifact(tmp_path / "run").run_hash
     assert (tmp_path / "out" / "vocab.json").is_file()
