@@ -212,6 +212,28 @@ def test_a_kill_after_the_last_step_takes_no_step_more(
     check_same(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_damaged_figures_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(
+        teacher=save_model(tmp_path / "teacher"),
+        data=(save_text(tmp_path / "text.jsonl"),),
+        steps=0,
+        seq_len=32,
+        init="mse",  # so that what is trained is not what is rounded to nearest
+    )
+    distill(recipe, tmp_path / "whole", resume=False, console=Console(quiet=True))
+
+    def stop(self: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outcome, "save", stop)
+        with pytest.raises(Stopped):
+            distill(recipe, tmp_path / "stopped", resume=False, console=Console(quiet=True))
+    (tmp_path / "stopped" / "rounded.json").write_text("{")
+    distill(recipe, tmp_path / "stopped", resume=True, console=Console(quiet=True))
+    check_same(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_a_finished_run_is_only_reported(tmp_path: Path) -> None:
     recipe = Recipe(
         teacher=save_model(tmp_path / "teacher"),
