@@ -132,6 +132,18 @@ def interrupted(recipe: Recipe, run: Path, stop: int, monkeypatch: pytest.Monkey
             distill(recipe, run, resume=True, console=Console(quiet=True))
 
 
+def stopped_at_the_end(recipe: Recipe, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run to where only the outcome is left to be saved, and stop there."""
+
+    def stop(self: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outcome, "save", stop)
+        with pytest.raises(Stopped):
+            distill(recipe, run, resume=False, console=Console(quiet=True))
+
+
 CASES: dict[str, dict[str, Any]] = {
     "mse scales between two searches": {"scales": "mse", "init": "mse", "steps": 26, "save_every": 5},
     "absmax scales, evaluations off the checkpoints": {"scales": "absmax", "init": "rtn", "eval_every": 4},
@@ -192,14 +204,7 @@ def test_a_kill_after_the_last_step_takes_no_step_more(
         eval_every=eval_every,
     )
     distill(recipe, tmp_path / "whole", resume=False, console=Console(quiet=True))
-
-    def stop(self: Any) -> None:
-        raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Outcome, "save", stop)
-        with pytest.raises(Stopped):
-            distill(recipe, tmp_path / "stopped", resume=False, console=Console(quiet=True))
+    stopped_at_the_end(recipe, tmp_path / "stopped", monkeypatch)
     best = tmp_path / "stopped" / "checkpoints" / "checkpoint-7" / "best.json"
     content = best.read_text()
     best.write_text(content[:20])
@@ -221,14 +226,7 @@ def test_damaged_figures_are_measured_anew(tmp_path: Path, monkeypatch: pytest.M
         init="mse",  # so that what is trained is not what is rounded to nearest
     )
     distill(recipe, tmp_path / "whole", resume=False, console=Console(quiet=True))
-
-    def stop(self: Any) -> None:
-        raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Outcome, "save", stop)
-        with pytest.raises(Stopped):
-            distill(recipe, tmp_path / "stopped", resume=False, console=Console(quiet=True))
+    stopped_at_the_end(recipe, tmp_path / "stopped", monkeypatch)
     (tmp_path / "stopped" / "rounded.json").write_text("{")
     distill(recipe, tmp_path / "stopped", resume=True, console=Console(quiet=True))
     check_same(tmp_path / "stopped", tmp_path / "whole")
