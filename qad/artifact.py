@@ -91,7 +91,7 @@ class Artifact:
         return QuantizedTensor.of(self._file.tensor(f"{name}.codes"), stored)
 
     def is_whole(self) -> bool:
-        """Return whether the folder's files are still those that the run hash was taken of. Reads all of them."""
+        """Return whether the folder's files, hidden ones aside, are those that the run hash was taken of. Reads all."""
         description = json.loads((self.folder / _DESCRIPTION).read_text())
         del description["run_hash"]
         return _hash(description, self.folder) == self.run_hash

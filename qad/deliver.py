@@ -279,7 +279,10 @@ def _export(
         exporter.check_options(**onnx)
     artifact = open_artifact(run)
     # What is written carries the run's hash: it must not vouch for weights that the run never had.
-    if not artifact.is_whole():
+    with console.status("checking the artifact"):
+        whole = artifact.is_whole()
+    interrupts.check()
+    if not whole:
         raise UserError(
             f"the artifact in {artifact.folder} is not what its run hash was taken of: a file in it was changed, added "
             "or lost; take out what was put there, or else copy the run again, or train it again"

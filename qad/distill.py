@@ -130,7 +130,8 @@ def _distill(recipe: Recipe, run: Path, console: Console) -> Outcome:
     cache = _teacher_cache(recipe, run, teacher, student, train_rows, console)
     checkpoint = last_checkpoint(run)
     if checkpoint is not None:
-        check_checkpoint(checkpoint)
+        with console.status("checking the checkpoint"):
+            check_checkpoint(checkpoint)
         console.print(f"continuing after step {checkpoint_step(checkpoint)} of {recipe.steps}", highlight=False)
     # Without a teacher the first row of the table is the model itself, before anything is rounded.
     fresh = not (taught and _stored_rounded(run) is not None)

@@ -64,7 +64,7 @@ template <typename Stored> QAD_INLINE void ask_for_weights(const char *p, int fi
 enum Randomness { not_random, given_random, drawn_random };
 
 /* Whether chunks can draw their random bits themselves, each group those of the next one in between its own arithmetic: that
- * wants registers. On a Zen 4, out of a cache, uniform noise in fp32 takes 243 instead of 269 ps an element. */
+ * wants registers. On a Zen 4, out of a cache, uniform noise in fp32 took 243 instead of 269 ps an element. */
 constexpr bool can_draw = width == 16;
 static_assert(!can_draw || chunks_side_by_side == 8, "a chunk for each time that `meanwhile` is called");
 

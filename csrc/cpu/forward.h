@@ -13,8 +13,8 @@
 namespace {
 
 /* Whether chunks draw their random bits as they are treated. Each function that does takes a tenth of a second to compile:
- * those do that gain most. (Stochastic rounding would gain 9 % in fp32 and 2 in bf16; uniform noise in fp16 4 % out of
- * a cache and nothing out of memory.) */
+ * those do that gain most. (Stochastic rounding would gain 6 % in fp32 and 3 in bf16; uniform noise in fp16 2 % out of
+ * a cache, and lose 12 out of memory.) */
 template <int out> constexpr bool draws_itself(int mode) {
     return can_draw && mode == QAD_NOISE_UNIFORM && out != QAD_F16;
 }

@@ -5,9 +5,9 @@
  * shared memory; a warp takes 256 elements at a time and strides over the tensor. The arithmetic is far cheaper than the
  * memory traffic, so everything is recomputed from the weights instead of stored.
  *
- * Every product and sum is rounded on its own (the intrinsics with _rn): a fused multiply-add would differ from the
- * reference in the last bit. What is given up: the last warp works on nothing where the blocks do not fill it, because
- * all 32 threads must take part in a shuffle.
+ * Every product and sum is rounded on its own (the intrinsics with _rn), unless the product is exact: else a fused
+ * multiply-add would differ from the reference in the last bit. What is given up: the last warp works on nothing where
+ * the blocks do not fill it, because all 32 threads must take part in a shuffle.
  */
 #include "elements.cuh"
 
@@ -208,7 +208,8 @@ QAD_DEVICE void add_uniform_noise(float values[OCTET], float scale, const Place 
     }
 }
 
-/* The weights that forward uses, of weights as they are. */
+/* The weights that forward uses, of weights as they are. Where a warp holds hard blocks and others it goes both ways, of which
+ * the hard one is short: it draws nothing. */
 template <int MODE>
 QAD_DEVICE void on_grid(float values[OCTET], float scale, bool hard, const Place &place,
                         const BlockArguments &arguments) {
